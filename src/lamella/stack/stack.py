@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,12 +42,14 @@ class Context:
         calls: for each layer, the keyword arguments that the model passes to it.
         real: which positions are tokens rather than padding [batch, time] bool.
         modalities: which of those are ``text``, ``image`` or ``audio``, for each modality that the stack may have.
+        added: by layer, what the model adds to the hidden states after it, such as features of an image in Qwen3-VL.
     """
 
     h: Tensor
     calls: tuple[dict[str, Any], ...]
     real: Tensor
     modalities: Mapping[str, Tensor] = field(default_factory=dict)
+    added: Mapping[int, Tensor] = field(default_factory=dict)
 
 
 def library_of(model: Any) -> str:
@@ -285,13 +288,13 @@ class Stack(Model):
         given: dict[str, Any] = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
         if self.architecture.causal:
             given.setdefault("use_cache", False)
-        calls: list[dict[str, Any]] = []
+        calls: list[_Recorded] = []
         front, layers = self._front
         for layer in layers:
             layer.calls = calls
         try:
             front(**given)
-        except _Recorded:
+        except _AllRecorded:
             pass
         finally:
             for layer in layers:
@@ -300,12 +303,11 @@ class Stack(Model):
             raise ArchitectureError(
                 f"these inputs do not reach the {self.stack} of {self.name}: give its inputs as well"
             )
-        h = calls[0].pop("h")
-        for call in calls[1:]:
-            del call["h"]
+        h = calls[0].h
+        added = {layer: after.h for layer, (call, after) in enumerate(pairwise(calls)) if after.h is not call.left}
         mask = given.get(self.architecture.mask)
         real = torch.ones(h.shape[:-1], dtype=torch.bool, device=h.device) if mask is None else mask.bool()
-        return Context(h, tuple(calls), real, self._modalities(real, given))
+        return Context(h, tuple(each.arguments for each in calls), real, self._modalities(real, given), added)
 
     def _modalities(self, real: Tensor, given: Mapping[str, Any]) -> dict[str, Tensor]:
         architecture, ids = self.architecture, given.get("input_ids")
@@ -338,6 +340,8 @@ class Stack(Model):
                 h = join(h) if name == last else h
             else:
                 h = self.architecture[name].run(self.layers[layer], h, context.calls[layer])
+            if name == last and layer in context.added:
+                h = join(h) + context.added[layer]
             yield position, h
 
     def _index(self, point: Boundary) -> int:
@@ -476,13 +480,21 @@ def _at(module: Any, path: str) -> Any:
     return module
 
 
-class _Recorded(Exception):
+class _AllRecorded(Exception):
     """Raised when all layers of a stack have recorded their arguments, because later code need not run."""
+
+
+class _Recorded(NamedTuple):
+    """What a layer has recorded: the hidden states that enter and leave it, and its keyword arguments."""
+
+    h: Tensor
+    left: Tensor
+    arguments: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class _RecordCall:
-    """The forward of a layer that records its arguments and returns the hidden states unchanged.
+    """The forward of a layer that records its arguments and returns zeros, so that what the model adds remains.
 
     Attributes:
         architecture: entry of its stack.
@@ -495,7 +507,8 @@ class _RecordCall:
     def __call__(self, layer: Any, h: Tensor, call: dict[str, Any]) -> Any:
         complete_call, result = self.architecture.complete_call, self.architecture.result
         call = call if complete_call is None else complete_call(layer, h, call)
-        layer.calls.append(call | {"h": h})
+        left = h if layer.calls and h is layer.calls[-1].left else torch.zeros_like(h)
+        layer.calls.append(_Recorded(h, left, call))
         if self.stops:
-            raise _Recorded
-        return h if result is None else result(h, call)
+            raise _AllRecorded
+        return left if result is None else result(left, call)
