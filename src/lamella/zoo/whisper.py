@@ -107,14 +107,14 @@ def read_variables(file: Path) -> dict[str, np.ndarray[Any, Any]]:
     Raises:
         CheckpointError: for a file that is damaged, or of another version or model.
     """
-    with file.open("rb") as stream:
+    with file.open("rb") as source:
         try:
-            version, spec, _ = _number(stream), _name(stream), _number(stream)
+            version, spec, _ = _number(source), _name(source), _number(source)
             if (version, spec) != (VERSION, SPEC):
                 raise CheckpointError(
                     f"{file} is a {spec} in version {version} of the format: give a {SPEC} in {VERSION}"
                 )
-            return dict(_variable(stream) for _ in range(_number(stream)))
+            return dict(_variable(source) for _ in range(_number(source)))
         except (struct.error, KeyError, ValueError, UnicodeDecodeError):
             raise CheckpointError(f"{file} is not a complete model of CTranslate2: get it again") from None
 
@@ -171,16 +171,16 @@ def _tensors(key: str, value: np.ndarray[Any, Any], file: Path) -> Iterator[tupl
             yield f"{prefix}{module}.{kind}", tensor.contiguous()
 
 
-def _number(stream: BinaryIO, size: str = "I") -> int:
-    return int(struct.unpack(f"<{size}", stream.read(struct.calcsize(f"<{size}")))[0])
+def _number(source: BinaryIO, size: str = "I") -> int:
+    return int(struct.unpack(f"<{size}", source.read(struct.calcsize(f"<{size}")))[0])
 
 
-def _name(stream: BinaryIO) -> str:
-    return stream.read(_number(stream, "H")).rstrip(b"\0").decode()
+def _name(source: BinaryIO) -> str:
+    return source.read(_number(source, "H")).rstrip(b"\0").decode()
 
 
-def _variable(stream: BinaryIO) -> tuple[str, np.ndarray[Any, Any]]:
-    name = _name(stream)
-    shape = [_number(stream) for _ in range(_number(stream, "B"))]
-    kind, size = KINDS[_number(stream, "B")], _number(stream)
-    return name, np.frombuffer(stream.read(size), kind).reshape(shape)
+def _variable(source: BinaryIO) -> tuple[str, np.ndarray[Any, Any]]:
+    name = _name(source)
+    shape = [_number(source) for _ in range(_number(source, "B"))]
+    kind, size = KINDS[_number(source, "B")], _number(source)
+    return name, np.frombuffer(source.read(size), kind).reshape(shape)
