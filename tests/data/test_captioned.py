@@ -156,6 +156,6 @@ def test_caprecover_and_slab_vision_take_a_folder_of_class_folders(tmp_path: Pat
         "attacker": 32,
         "judge": 8,
     }
-    small = {"size": 8, "patch": 4, "channels": 1, "width": 8, "depth": 1, "heads": 2}
+    small = {"size": 8, "patch": 4, "channels": 1, "width": 8, "depth": (1,), "heads": 2}
     network = lamella.run("slab", place, command="vision", steps=3, batch=8, **small)
     assert network.result.classes == 2

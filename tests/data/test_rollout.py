@@ -96,14 +96,15 @@ def test_a_template_that_knows_no_system_gets_one_message(instructed: Path) -> N
     (instructed / "chat_template.jinja").write_text(template)
     theirs = LocalWriter(str(instructed))
     messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Speak."}]
-    ids = theirs._ids(WritingRequest("r", messages, 1, 0))
+    ids = theirs.prompt(WritingRequest("r", messages, 1, 0)).ids
     assert theirs.tokenizer.decode(ids).replace(" ", "") == "<Bekind.\n\nSpeak.>"
 
 
 def test_an_answer_ends_where_there_is_no_more_room_and_a_prompt_without_room_is_refused(instructed: Path) -> None:
     theirs = LocalWriter(str(instructed))
     long = [WritingRequest("long", [{"role": "user", "content": "word " * 400}], 4000, 0)]
-    room = 1024 - len(theirs._ids(long[0]))
+    room = theirs.prompt(long[0]).max_tokens
+    assert len(theirs.prompt(long[0]).ids) + room == 1024
     assert 0 < rollout(theirs, long, SAMPLED)["long"].tokens <= room
     with pytest.raises(CalibrationError, match=r"'?longer'? has .* tokens .* context length of 1024") as error:
         rollout(theirs, [WritingRequest("longer", [{"role": "user", "content": "word " * 4000}], 1, 0)], SAMPLED)

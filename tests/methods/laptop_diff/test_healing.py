@@ -140,7 +140,7 @@ def test_healing_learns_and_leaves_the_teacher(name: str, tmp_path: Path) -> Non
         return float(parts["task"] + parts["output"] + (loss.weights.feature_weight or 0) * sum(features))
 
     first = total()
-    config = TrainConfig(steps=20, lr=2e-3, batch=8, schedule="constant", warmup=0)
+    config = TrainConfig(steps=20, lr=5e-4, batch=8, schedule="constant", warmup=0)
     log, _ = distil(whole, network, digits(), weights=LossWeights(), config=config, out=tmp_path / "run")
     network.eval()
     assert total() < first and len(log.train) > 0
