@@ -466,9 +466,10 @@ def test_a_named_method_cuts_alone_unless_both_are_allowed():
     assert means(("quantize", "cut"), named=True) == ("quantize", "cut")
 
 
-@pytest.mark.parametrize("goal", ["size", "memory"])
-def test_the_result_is_as_small_as_it_was_asked_for(tmp_path, brief, int8_reaches, goal):
-    int8_reaches(1.2)
+@pytest.mark.parametrize("goal, speedup", [("size", 1.2), ("memory", 1.2), ("size", 0.75)])
+def test_the_result_is_as_small_as_it_was_asked_for(tmp_path, brief, int8_reaches, goal, speedup):
+    """However fast int8 is here: on a busy machine it may be slower than the original."""
+    int8_reaches(speedup)
     whole = Form("int8", Stack(int8_copy(api.open(NANO_LLAMA).model)), StepTimes(1.0, 1.0, 0.1))
     most = (whole.weights() + (whole.cache() if goal == "memory" else 0)) * 0.8 / 1e6
     out = tmp_path / "out"

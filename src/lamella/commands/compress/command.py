@@ -160,11 +160,13 @@ def compress(
         raise BudgetError(_too_much(quantised, goal))
     if "cut" in allowed:
         useful = [] if is_enough else _useful(quantised, goal)
-        cut_in = sorted(useful or [original], key=lambda each: each.speedup.median)
+        cut_in = sorted(
+            useful or [original], key=lambda each: -each.weights() if goal.is_in_bytes else each.speedup.median
+        )
         if not is_enough:
             check_reachable(job, cut_in[-1])
         is_compared = is_enough and race.is_default and budget.minutes is None  # the cut, with little effort
-        searched = (  # as far as the slowest form requires
+        searched = (  # as far as the slowest or largest form requires
             [Contender(str(plan.provenance.get("method", "plan")), "the given plans", plan, cut_in[0])]
             if plan
             else [search(job, planner, cut_in[0], 0.0 if is_compared else minutes) for planner in planners]
@@ -273,11 +275,15 @@ def _too_much(quantised: Sequence[Form], goal: Goal) -> str:
 
 
 def _useful(quantised: Sequence[Form], goal: Goal) -> list[Form]:
-    """Return the forms in which a cut can be smaller: each loses more than the one before, so it has to gain more."""
+    """Return the forms in which a cut can be smaller: each loses more than the one before, so it has to gain more.
+
+    For a goal in bytes all are, however fast they decode here.
+    """
+    if goal.is_in_bytes:
+        return list(quantised)
     found: list[Form] = []
     for each in quantised:
-        least = USEFUL * (found[-1].speedup.median if found else 1.0)
-        if each.speedup.median >= least or (found and goal.name in ("size", "memory")):
+        if each.speedup.median >= USEFUL * (found[-1].speedup.median if found else 1.0):
             found.append(each)
     return found
 

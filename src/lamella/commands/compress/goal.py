@@ -50,6 +50,11 @@ class Goal:
         return cls(name, getattr(budget, name), program)
 
     @property
+    def is_in_bytes(self) -> bool:
+        """Whether speed does not matter to it."""
+        return self.name in ("size", "memory")
+
+    @property
     def text(self) -> str:
         """The goal in words."""
         where = "" if self.program == "torch" else f" in {self.program}"
