@@ -165,9 +165,7 @@ def _tensors(key: str, value: np.ndarray[Any, Any], file: Path) -> Iterator[tupl
     )
     parts = torch.from_numpy(value.astype(np.float32)).chunk(len(modules))
     for module, tensor in zip(modules, parts, strict=True):
-        if not (
-            kind == "bias" and module.endswith("k_proj")
-        ):  # Whisper's keys have none, and the stack has zeros there
+        if (kind, module.rpartition(".")[2]) != ("bias", "k_proj"):  # keys have no bias; the variable has zeros there
             yield f"{prefix}{module}.{kind}", tensor.contiguous()
 
 

@@ -51,7 +51,7 @@ class Goal:
 
     @property
     def is_in_bytes(self) -> bool:
-        """Whether speed does not matter to it."""
+        """Whether it is a number of bytes, which does not depend on how fast the result runs."""
         return self.name in ("size", "memory")
 
     @property
