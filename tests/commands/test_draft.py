@@ -64,7 +64,7 @@ def test_a_draft_is_accepted_more_often_and_runs_in_transformers(tmp_path: Path)
     result = lamella.run("draft", NANO_LLAMA, target=NANO_LLAMA, out=tmp_path / "draft", **BRIEF)
     found = result.evidence.findings
     trained = next(row for row in found["rows"] if row["form"] == "")
-    assert trained["accepted"] > found["before"] and trained["layers"] == 2
+    assert trained["accepted"] > found["before"] and trained["layers"] == 2 and found["trained"]
     gains = [each for kinds in found["gains"].values() for rows in kinds.values() for each in rows]
     assert gains and all(each["equal"] or each["tied"] for each in gains)
     assert target.model.generation_config.to_dict() == before
@@ -79,10 +79,15 @@ def test_a_draft_is_accepted_more_often_and_runs_in_transformers(tmp_path: Path)
     assert "accepts" in result.summary.verdict and evidence.kind == "draft" and evidence.curve
 
 
-def test_the_unchanged_target_has_nothing_to_learn(tmp_path: Path) -> None:
+@pytest.mark.parametrize("learnt", [0.999, 2.0])  # stopped before training, or trained and then compared
+def test_training_that_does_not_raise_the_accept_rate_is_not_kept(
+    learnt: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lamella.commands.draft.LEARNT", learnt)
     result = lamella.run("draft", NANO_LLAMA, target=NANO_LLAMA, out=tmp_path / "draft", **BRIEF | {"remove": (0.0,)})
     found = result.evidence.findings
-    assert found["rows"][0]["accepted"] == 1 and not found["trials"]
+    assert found["rows"][0]["accepted"] == 1 and not found["trials"] and not found["trained"]
+    assert "training did not raise it" in result.summary.verdict
     whole, written = (lamella.open(each).model.state_dict() for each in (NANO_LLAMA, tmp_path / "draft"))
     assert all(torch.equal(written[name], value) for name, value in whole.items())
 

@@ -72,12 +72,14 @@ class DraftCandidate:
         stack: the model, after the last training.
         plan: the plan that it runs under.
         log: the log of the last training.
+        trained: whether a training by the target has raised the accept rate.
     """
 
     layers: int
     stack: Stack
     plan: Plan
     log: TrainingLog
+    trained: bool = False
 
     @property
     def view(self) -> Any:
@@ -169,6 +171,7 @@ def draft(
             "target": target.name,
             "passes": pair.passes,
             "before": before.get(layers, start),
+            "trained": chosen.trained,
             "trials": trials,
             "rows": rows,
             "chosen": best,
@@ -193,6 +196,10 @@ class DraftPair:
     test: FidelityTest
     passes: list[float]
 
+    def accepted(self, view: Any) -> float:
+        """Return the fraction of a model's tokens that the target accepts under greedy decoding."""
+        return self.test.of(view).top1.mean
+
     def rows(self, candidate: DraftCandidate) -> list[dict[str, Any]]:
         """Measure a candidate with its weights as they are, and in int8 where that runs.
 
@@ -209,7 +216,7 @@ class DraftPair:
         timings = bench({"target": self.target.model, **views}, prompt=PROMPT, tokens=STEPS, rounds=3)
         found = []
         for form, view in views.items():
-            accepted, step = self.test.of(view).top1.mean, 1 / timings[form][0].decode_speedup.median
+            accepted, step = self.accepted(view), 1 / timings[form][0].decode_speedup.median
             tokens, predicted = predicted_gain(accepted, step, self.passes)
             row = {"layers": candidate.layers, "form": form, "accepted": accepted, "step": step}
             found.append(row | {"tokens": tokens, "predicted": predicted})
@@ -270,12 +277,12 @@ def _whole(stack: Stack) -> DraftCandidate:
 def _train(
     candidate: DraftCandidate, pair: DraftPair, written: Tensor, time: dict[str, Any], train: Text, work: Work
 ) -> float:
-    """Distil the target into a candidate on text that the target has written, unless there is nothing to learn.
+    """Distil the target into a candidate on text that the target has written, if that raises the accept rate.
 
     Returns:
         The accept rate before it.
     """
-    before = pair.test.of(candidate.view).top1.mean
+    before = pair.accepted(candidate.view)
     if before >= LEARNT:
         return before
     target, samples = pair.target, blocks(written, loss_on="all")
@@ -286,7 +293,9 @@ def _train(
     )
     healed, _ = training.run(work)
     assert isinstance(healed.stack, Stack)
-    candidate.stack, candidate.plan, candidate.log = healed.stack, healed.plan, healed.log
+    if pair.accepted(apply(healed.stack, healed.plan)) > before:
+        candidate.stack, candidate.plan, candidate.log = healed.stack, healed.plan, healed.log
+        candidate.trained = True
     return before
 
 
@@ -327,9 +336,10 @@ def summary(evidence: Evidence) -> Summary:
     best, unchanged = found["chosen"], found["unchanged"]
     form = " in int8" if best["form"] else ""
     measured = Ratio.of([each["measured"] for rows in found["gains"]["draft"].values() for each in rows])
+    before = f"{percent(found['before'])} before training" if found["trained"] else "training did not raise it"
     verdict = (
         f"Of the draft without {counted(best['layers'], 'layer')}, {found['target']} accepts "
-        f"{percent(best['accepted'])} of the tokens ({percent(found['before'])} before training); of the unchanged "
+        f"{percent(best['accepted'])} of the tokens ({before}); of the unchanged "
         f"model, {percent(unchanged['accepted'])}. "
         f"With {counted(best['tokens'], 'token')} at a time{form}, {ratio(best['predicted'])} is predicted and "
         f"{ratio(measured.median)} measured."
