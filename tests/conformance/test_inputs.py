@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from worlds import COMMANDS, difference, opened, put, state, usual, written
+from worlds import COMMANDS, difference, given, opened, put, state, usual, written
 
 from lamella.errors import LamellaError
 from lamella.inputs import Opening
 from lamella.provenance import describe
 from lamella.registry import Method
+from lamella.runner import checked
 from lamella.signature import Parameter, is_model, kind_of
 
 
@@ -91,3 +92,10 @@ def test_a_name_of_nothing_is_refused_in_one_line_that_has_it(name: str) -> None
     with pytest.raises(LamellaError, match="no-such-thing") as error:
         read(name, "no-such-thing.txt")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_a_command_is_given_by_name_passes_the_checks_before_anything_is_opened(command: str) -> None:
+    entry = COMMANDS[command]
+    title, _, rows = checked(entry.slug, command=entry.name, **given(command, usual(command)))
+    assert command in title and {row[1] for row in rows} >= set(entry.signature.inputs)

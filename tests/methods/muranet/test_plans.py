@@ -227,7 +227,7 @@ def put(folder: Path, plan: FloorPlan, **changes: Any) -> Path:
 def test_a_folder_is_read_as_it_was_written(tmp_path: Path) -> None:
     plan = synthetic_floor_plan(0)
     found = FloorPlans.open(put(tmp_path, plan), InputContext())
-    found.check()
+    found.check_labels()
     (again,) = found
     assert found.classes == ("door", "window") and again.name == "a.png"
     assert np.array_equal(again.image, plan.image) and np.array_equal(again.walls, plan.walls)
@@ -242,7 +242,7 @@ def test_images_alone_can_be_read_and_not_trained_on(tmp_path: Path) -> None:
         found = FloorPlans.open(given, InputContext())
         assert len(found) == 1 and not found[0].labelled
         with pytest.raises(CalibrationError, match=r"b\.jpg has no b\.walls\.png: "):
-            found.check()
+            found.check_labels()
 
 
 BROKEN: list[tuple[str, Any, str]] = [
@@ -286,7 +286,7 @@ def test_a_mask_of_another_size_without_walls_or_damaged_is_one_line(tmp_path: P
         FloorPlans.open(folder, InputContext())
     mask.unlink()
     with pytest.raises(CalibrationError, match=r"has no a\.walls\.png"):
-        FloorPlans.open(folder, InputContext()).check()
+        FloorPlans.open(folder, InputContext()).check_labels()
 
 
 def test_what_is_no_source_is_one_line(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def muranet(
         MethodError: for a shape that does not fit.
         TrainingError: when training cannot start, resume or stay finite.
     """
-    plans.check()
+    plans.check_labels()
     file = Path(weights) if weights else None
     if file is None and in_zoo(shape.encoder):
         file = pull(shape.encoder) / "model.safetensors"
@@ -126,7 +126,7 @@ def tune(
         MethodError: for stages that the network does not have.
         TrainingError: when training cannot start, resume or stay finite.
     """
-    plans.check(model.classes)
+    plans.check_labels(model.classes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         changed = model.changed(insert, split)
@@ -174,7 +174,7 @@ def judge(model: Recogniser, plans: Annotated[FloorPlans, Split("test")]) -> Stu
         CalibrationError: for plans without walls or boxes, or of other classes.
         LamellaError: when pycocotools or torchmetrics is missing.
     """
-    plans.check(model.classes)
+    plans.check_labels(model.classes)
     found = evaluate_plans(model.model, plans, model.shape.frame, model.classes)
     images = [
         {
@@ -239,7 +239,7 @@ def branch(
         CalibrationError: for plans without walls or boxes, or of other classes.
         MethodError: for a network of one task, or one whose tasks share no stage.
     """
-    plans.check(model.classes)
+    plans.check_labels(model.classes)
     outputs = gradients_of(model.model, plans, model.shape.frame, group)
     split = branch_point(outputs[..., 2], persistent)
     rows = [
@@ -291,7 +291,7 @@ def stages_worth(
         CalibrationError: for plans without walls or boxes, of other classes, or too few.
         MethodError: for a network of one task, or stages that it does not have.
     """
-    plans.check(model.classes)
+    plans.check_labels(model.classes)
     evaluation = round(held_out * len(plans))
     if not 0 < evaluation < len(plans):
         raise CalibrationError(

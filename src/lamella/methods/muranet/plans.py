@@ -115,7 +115,7 @@ class FloorPlans(Sequence[FloorPlan]):
     def __getitem__(self, index: int | slice) -> FloorPlan | Sequence[FloorPlan]:
         return self.items[index]
 
-    def check(self, classes: Sequence[str] | None = None) -> None:
+    def check_labels(self, classes: Sequence[str] | None = None) -> None:
         """Check that walls and boxes of all plans are known, and the classes match.
 
         Raises:
