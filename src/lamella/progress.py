@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -108,6 +108,20 @@ def shown(console: Console) -> Iterator[None]:
             yield
         finally:
             _display.reset(token)
+
+
+@contextmanager
+def observed(display: Any) -> Iterator[None]:
+    """Report the progress of everything that is tracked inside this block to an object, and show nothing.
+
+    Args:
+        display: has ``add_task``, ``update``, ``remove_task`` and ``console``, as the displays here.
+    """
+    token = _display.set(display)
+    try:
+        yield
+    finally:
+        _display.reset(token)
 
 
 def notify(line: str) -> None:

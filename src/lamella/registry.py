@@ -53,7 +53,7 @@ KINDS = {  # as named in messages
 MAIN = ("method", "command")  # names of the file in a folder that holds the declaration
 RESERVED = frozenset(  # options of every command
     {"slug", "out", "output", "overwrite", "json", "allow_pickle", "of_stack", "command", "help", "debug"}
-    | {"config", "dry_run", "schema"}
+    | {"config", "dry_run", "estimate", "schema"}
 )
 PERMISSIONS = frozenset(  # options that must be typed and are never read from a file
     {"allow_pickle", "overwrite", "output", "run_generated_code", "trust_tasks"}

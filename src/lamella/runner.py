@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from lamella.data import ImageText, Text
@@ -15,6 +16,7 @@ from lamella.errors import ExportError, LamellaError, MethodError, NoteWarning
 from lamella.evaluate import Budget, FidelityTest
 from lamella.files import Work, check_free, discard
 from lamella.inputs import Opening, check_inputs, check_source
+from lamella.needs import MachineSpeed, Needs, TimeLimit, gigabytes, recorded, recording
 from lamella.plan import ModelReference, Plan, PlanSeries
 from lamella.planners import GOALS as NAMES
 from lamella.planners import PLANS, Planner, Race, goal_of, pick, planned_on
@@ -24,9 +26,18 @@ from lamella.registry import PERMISSIONS, Method, check_passed_once, get_method,
 from lamella.results import Edit, Evidence, Result, Summary, Trained
 from lamella.results.page import card, render
 from lamella.runtime import apply
-from lamella.signature import fields_of, settings_of
+from lamella.signature import fields_of, is_model, kind_of, settings_of
 from lamella.stack import Stack
+from lamella.zoo import size_in_memory
 
+LARGE = 0.25  # fraction of the free memory from which on the weights of a model are large
+SAVING = (
+    "gradient_checkpointing",
+    "batch",
+    "sequences",
+    "length",
+    "rows",
+)  # options with which a run needs less memory
 GOALS = {each.name: each for each in fields_of("budget", Budget()) if each.name in NAMES}  # also on the command line
 
 
@@ -82,13 +93,13 @@ def run(
     request = given | {"test": test, "of_stack": of_stack}
     entry, given, budget, test = _checked(slug, command, inputs, given, out, test, overwrite, allow_pickle)
     request |= dict(zip(entry.signature.inputs, inputs, strict=False))
+    how = {"out": out, "test": test, "overwrite": overwrite, "allow_pickle": allow_pickle, "of_stack": of_stack}
+    _check_memory(entry, given, how)
     opening = Opening(entry, given, allow_pickle=allow_pickle, stack=of_stack)
     opened = [opening(each) for each in entry.signature.inputs.values()]
     judged, notes = _evaluated(entry, opening, opened, test)
-    own = {*entry.options, *entry.signature.groups, entry.signature.work}
-    options = {name: value for name, value in given.items() if name in own}
     work = Work(None if out is None else out.parent / f".{out.name}.work")
-    result, warned = _call(entry, opened, entry.signature.fill(options, work))
+    result, warned = _call(entry, opened, entry.signature.fill(_options(entry, given), work))
     if not isinstance(result, Result):
         raise MethodError(f"{slug} returns a {type(result).__name__}, which is not a Result: call it in Python")
     if isinstance(result, PlanSeries) and isinstance(opening.model, Stack):
@@ -150,6 +161,77 @@ def checked(
             rows.append(["option", name, str(value)])
     rows.append(["output", "out", "nothing is written" if out is None else str(out)])
     return f"lamella {slug} {command}".strip() + " would run", ["what", "name", "value"], rows
+
+
+def needs_of(
+    slug: str,
+    *inputs: Any,
+    command: str = "",
+    out: str | Path | None = None,
+    test: str | None = None,
+    overwrite: bool = False,
+    allow_pickle: bool = False,
+    of_stack: str | None = None,
+    **given: Any,
+) -> Needs:
+    """Return the memory and the time that a run would need; nothing is computed or written. See :func:`run`.
+
+    Args:
+        slug: the method.
+        inputs: its inputs in their order.
+        command: name of one of its further commands.
+        out: the folder to write.
+        test: the text on which a changed model is evaluated.
+        overwrite: replace ``out``.
+        allow_pickle: also open pickle checkpoints.
+        of_stack: name of the stack.
+        given: inputs, options and loader settings by name.
+    """
+    folder = None if out is None else Path(out)
+    entry, given, _, test = _checked(slug, command, inputs, given, folder, test, overwrite, allow_pickle)
+    with TemporaryDirectory() as work, recording() as needs:
+        opening = Opening(entry, given, allow_pickle=allow_pickle, stack=of_stack)
+        opened = [opening(each) for each in entry.signature.inputs.values()]
+        judged, _ = _evaluated(entry, opening, opened, test)
+        options = entry.signature.fill(_options(entry, given), Work(Path(work) / "work"))
+        try:
+            result, _ = _call(entry, opened, options)
+            _evidence(result, opening, opened, [], judged, test)
+        except TimeLimit:
+            raise
+        except Exception:
+            recorder = recorded()
+            if recorder is None or not recorder.multiplications:
+                raise
+            recorder.cut()  # a placeholder cannot be what the command expects here
+    return needs
+
+
+def _check_memory(entry: Method, given: Mapping[str, Any], how: Mapping[str, Any]) -> None:
+    """Refuse a run on a large model that needs more memory than is free.
+
+    Raises:
+        MethodError: if it does; the message names options with which it needs less.
+    """
+    models = [given.get(each.name) for each in entry.signature.inputs.values() if is_model(kind_of(each))]
+    names = [each for each in models if isinstance(each, str | Path)]
+    if not any(size_in_memory(each) > LARGE * MachineSpeed.free() for each in names):
+        return
+    needs = needs_of(entry.slug, command=entry.name, **how, **given)
+    if not needs.fits:
+        known = {*entry.options, *(name for each in entry.signature.inputs.values() for name in settings_of(each))}
+        less = [f"--{name.replace('_', '-')}" for name in SAVING if name in known]
+        raise MethodError(
+            f"{entry.slug} needs about {gigabytes(needs.peak)} GB of memory beside the libraries, and "
+            f"{gigabytes(needs.free)} GB are free: use --dtype bfloat16"
+            + (f", or try {', '.join(less)}" if less else "")
+        )
+
+
+def _options(entry: Method, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a command that are not inputs or their settings."""
+    own = {*entry.options, *entry.signature.groups, entry.signature.work}
+    return {name: value for name, value in given.items() if name in own}
 
 
 def _checked(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -224,6 +224,7 @@ def _parameters(entry: Method) -> tuple[list[inspect.Parameter], dict[str, str]]
         own.append(_output(required=getattr(result, "needs_folder", False)))
         own.append(_flag("overwrite", "Replace the output if it exists."))
     own.append(_flag("dry_run", "Check everything, show what would run, and exit."))
+    own.append(_flag("estimate", "Show what memory and time the run would need, and exit."))
     own.append(_flag("json", "Print the evidence as JSON instead of tables."))
     kinds = [kind_of(each) for each in contract.inputs.values()]
     if any(is_model(each) or getattr(each, "pickled", False) for each in kinds):
@@ -411,7 +412,7 @@ def _arguments(
 
 
 def _run(entry: Method, given: dict[str, Any], values: dict[str, Any], options: dict[str, dict[str, Any]]) -> None:
-    from lamella.runner import checked, run
+    from lamella.runner import checked, needs_of, run
 
     output: Path | None = values.get("output")
     arguments = _arguments(entry.declared, entry.slug, given, options)
@@ -421,6 +422,11 @@ def _run(entry: Method, given: dict[str, Any], values: dict[str, Any], options: 
     if values["dry_run"]:
         table(*checked(entry.slug, command=entry.name, **how, **arguments))
         return
+    if values["estimate"]:
+        with working():
+            needs = needs_of(entry.slug, command=entry.name, **how, **arguments)
+        print_json(asdict(needs)) if values["json"] else print_summary(needs.summary(), ())
+        raise typer.Exit(int(not needs.fits))
     with working():
         done = run(entry.slug, command=entry.name, **how, **arguments)
     if values["json"]:

@@ -24,7 +24,6 @@ from __future__ import annotations
 import inspect
 import random
 import sys
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -39,6 +38,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
 from lamella.errors import NumericsError
+from lamella.needs import Recorder, now, recorded
+from lamella.needs.generation import grow
 from lamella.runtime.drafting import ENOUGH, PROBE, TOKENS, Passes
 
 LEAST = 32  # minimum spare capacity of a slot in tokens, in addition to a quarter of its length
@@ -226,8 +227,9 @@ def decode(
     rows = [Running(prompt, sampling, ends) for prompt in prompts]
     batch = Batch(model, draft)
     batch.join(rows)
+    recorder = recorded()
     while batch.rows:
-        batch.step()
+        batch.step() if recorder is None else batch.rest(recorder)
     return [Row(row.ids, row.finished) for row in rows]
 
 
@@ -312,7 +314,7 @@ class Batch:
         Raises:
             NumericsError: if logits are not finite.
         """
-        begin, before = time.perf_counter(), sum(len(row.ids) for row in self.rows)
+        begin, before = now(), sum(len(row.ids) for row in self.rows)
         proposed: list[list[int]] = [[] for _ in self.rows]
         draft = self._draft if self._draft is not None and self._draft.is_on else None
         if draft is not None:
@@ -327,7 +329,18 @@ class Batch:
         self._take(logits, proposed)
         if draft is not None:
             given = sum(len(row.ids) for row in rows) - before
-            draft.note(sum(map(len, proposed)), given, time.perf_counter() - begin)
+            draft.note(sum(map(len, proposed)), given, now() - begin)
+
+    def rest(self, recorder: Recorder) -> None:
+        """Record what the rows need until their last token; see :mod:`lamella.needs`."""
+        left = max(row.left for row in self.rows)
+        grown = grow(self._cache, left - 1)
+        with recorder.times(left):
+            self.step()
+        del grown
+        for row in self.rows:
+            row.ids += [1] * row.left
+        self._keep([])
 
     def drop(self, rows: Collection[Running]) -> None:
         """Remove rows before they are over.

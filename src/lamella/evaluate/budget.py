@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
@@ -10,6 +9,7 @@ from typing import Annotated
 from annotated_types import Ge, Gt, Le, Lt
 
 from lamella.evaluate.cost import cost, step_times
+from lamella.needs import now
 from lamella.plan import ModelReference, Plan
 from lamella.stack import Position, Stack
 
@@ -57,8 +57,8 @@ class Budget:
         """Return a function that tells whether the time is over; it starts now."""
         if self.minutes is None:
             return lambda: False
-        end = time.monotonic() + 60 * self.minutes
-        return lambda: time.monotonic() >= end
+        end = now() + 60 * self.minutes
+        return lambda: now() >= end
 
     def enough(self, stack: Stack) -> Callable[[frozenset[Position]], bool] | None:
         """Return a function that tells whether the removed sublayers reach the goal, if there is such a goal.

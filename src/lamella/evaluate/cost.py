@@ -13,11 +13,14 @@ from torch import nn
 
 from lamella.errors import ArchitectureError
 from lamella.evaluate.speed import clock, denoises, random_tokens
+from lamella.needs import sampled
 from lamella.plan import Plan, alter_stack
 from lamella.plan.adapters import open_adapters
 from lamella.plan.modules import open_module
 from lamella.progress import track
 from lamella.stack import Position, Stack, join, replace_forward, share
+
+WARM = 3  # decoding steps before the timed ones
 
 
 @dataclass(frozen=True)
@@ -237,14 +240,14 @@ def measure_step(stack: Stack, batch: int = 1, prompt: int = 64, steps: int = 24
     tokens = random_tokens([stack.model], batch, prompt).to(stack.device)
     output, whole = timed(input_ids=tokens, use_cache=True), denoises(timed)
     taken = []
-    for _ in track(range(steps + 3), "timing a decoding step"):
+    for _ in track(sampled(range(steps + WARM), WARM + 1), "timing a decoding step", steps + WARM):
         stamps.clear()
         stamp()
         following = {"input_ids": tokens} if whole else _following(output)
         output = timed(**following, use_cache=True)
         stamp()
         taken.append(np.diff(stamps))  # alternating: between layers, attention, MLP; then the rest of the step
-    shortest = np.min(taken[3:], axis=0)
+    shortest = np.min(taken[WARM:], axis=0)
     attn, mlp = (float(shortest[index::3].mean()) for index in (1, 2))
     return StepTimes(attn, mlp, float(shortest[::3].sum()))
 

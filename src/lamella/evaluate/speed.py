@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +14,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
 from lamella.data import ImageText
+from lamella.needs import now, sampled
 from lamella.progress import tracker
 from lamella.stack import last_stack
 
@@ -57,10 +57,10 @@ def turns(calls: Mapping[str, Callable[[], Any]], first: str, rounds: int) -> di
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(rounds + 2):
         for name, call in calls.items():
-            begin = time.perf_counter()
+            begin = now()
             call()
             if number > 1:
-                seconds[name].append(time.perf_counter() - begin)
+                seconds[name].append(now() - begin)
     reference = seconds[first]
     return {name: Ratio.of([a / b for a, b in zip(each, reference, strict=True)]) for name, each in seconds.items()}
 
@@ -152,17 +152,17 @@ def alternate(
         rounds: maximum number of rounds; see :func:`bench` for an earlier end.
         seconds: time limit.
     """
-    begin = time.monotonic()
+    begin = now()
     times: dict[str, list[tuple[float, float]]] = {}
     with tracker("speed", rounds + 1) as count:
         one_round()
         count()
-        for done in range(1, rounds + 1):
+        for done in sampled(range(1, rounds + 1)):
             for name, measured in one_round().items():
                 times.setdefault(name, []).append(measured)
             count()
             timings = _timings(batch, times)
-            is_over = done >= MIN_ROUNDS and time.monotonic() - begin >= seconds
+            is_over = done >= MIN_ROUNDS and now() - begin >= seconds
             if is_over or (done > MIN_ROUNDS and all(each.decode_speedup.is_narrow for each in timings.values())):
                 count(rounds - done)
                 break
@@ -223,7 +223,7 @@ def _one_round(
     passes = {name: _Passes.of(model, given, tokens) for name, model in models.items()}
     prefill = {name: each.timed() for name, each in passes.items()}
     steps: dict[str, list[float]] = {name: [] for name in models}
-    for _ in range(steady_after + tokens):
+    for _ in sampled(range(steady_after + tokens), steady_after + period):
         for name, each in passes.items():
             steps[name].append(each.timed())
     return {name: (prefill[name], _mean_over_period(steps[name][steady_after:], period)) for name in models}
@@ -297,4 +297,4 @@ def clock(device: torch.device) -> float:
     """Return the time in seconds, after all work on the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter()
+    return now()

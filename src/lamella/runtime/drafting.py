@@ -15,7 +15,6 @@ below 1, drafting ends.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from lamella.errors import MethodError
 from lamella.formatting import counted
+from lamella.needs import now
 
 TOKENS = 8  # proposed at once by prompt lookup; a draft model ends earlier where it is unsure
 PROBE, CONTEXT = 8, 64  # steps without a draft, and tokens before them, with which drafting is compared
@@ -202,7 +202,7 @@ class Clock(BaseStreamer):
 
     def put(self, value: Tensor) -> None:
         """Note the tokens of a pass."""
-        self.given.append((value.numel(), time.perf_counter()))
+        self.given.append((value.numel(), now()))
         if self.other is not None:
             self.other.put(value)
 
@@ -225,11 +225,11 @@ def _widths(model: Any) -> Iterator[list[tuple[int, float]]]:
 
     def before(module: Any, args: Any, kwargs: Any) -> None:
         nonlocal begin
-        begin = time.perf_counter()
+        begin = now()
 
     def after(module: Any, args: Any, kwargs: Any, out: Any) -> None:
         ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
-        seen.append((ids.shape[1], time.perf_counter() - begin))
+        seen.append((ids.shape[1], now() - begin))
 
     hooks = [
         model.register_forward_pre_hook(before, with_kwargs=True),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import nn
 
 from lamella.errors import TrainingError
 from lamella.files import write
+from lamella.needs import now
 from lamella.train.attention import fast_attention
 from lamella.train.config import TrainConfig
 from lamella.train.parameters import Choice, choose, only
@@ -75,9 +75,9 @@ def _step(model: Any, samples: Sequence[Any], task: Task, config: TrainConfig, t
     trained = choose(model, trainable)
     again = recomputing(model, config.gradient_checkpointing)
     with only(model, trained), torch.enable_grad(), fast_attention(batch, config.bf16), again:
-        begin = time.perf_counter()
+        begin = now()
         for _ in range(config.accumulate):
             with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
                 result = task.loss(model, batch)
             (result if isinstance(result, torch.Tensor) else result[0]).backward()
-        return (time.perf_counter() - begin) * OVERHEAD
+        return (now() - begin) * OVERHEAD

@@ -22,6 +22,7 @@ from lamella.zoo.opening import (
     parameters_of,
     prefer,
     preference,
+    size_in_memory,
 )
 from lamella.zoo.pipelines import Pipeline
 from lamella.zoo.pull import ZOO, convert_gguf, pull, resolve
@@ -58,5 +59,6 @@ __all__ = [
     "preference",
     "pull",
     "resolve",
+    "size_in_memory",
     "timm_features",
 ]

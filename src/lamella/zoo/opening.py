@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 
 from lamella.errors import ArchitectureError, CheckpointError, LamellaError
 from lamella.extras import require
+from lamella.needs import Recorder, has_values, recorded, without_values
 from lamella.plan import Plan, checkpoint, native
 from lamella.plan.filling import check_tensors, pretrained
 from lamella.plan.quantize import NEEDS, run_by_torch
@@ -142,6 +143,38 @@ def open_model(
         DownloadError: for a hub id or zoo name that cannot be fetched.
         LamellaError: for a model of a library that is not installed.
     """
+    recorder = recorded()
+    how: dict[str, Any] = {"dtype": dtype, "device": device, "allow_pickle": allow_pickle, "prove_again": prove_again}
+    opened = _opened(model, weights and recorder is None, libraries, classes, **how)
+    return opened if recorder is None else emptied(opened, recorder)
+
+
+def emptied(opened: Model, recorder: Recorder) -> Model:
+    """Return a model with its weights replaced by tensors without values, whose memory is counted.
+
+    Args:
+        opened: the model; the parts of a pipeline are replaced when they are opened.
+        recorder: what counts.
+    """
+    if not isinstance(opened.model, torch.nn.Module) or not any(map(has_values, opened.model.parameters())):
+        return opened
+    empty = without_values(opened.model)
+    recorder.open(empty)
+    return in_memory(empty, opened.path, opened.name)
+
+
+def _opened(
+    model: Any,
+    weights: bool,
+    libraries: Sequence[str],
+    classes: Sequence[str],
+    *,
+    dtype: torch.dtype | str | None,
+    device: str | None,
+    allow_pickle: bool,
+    prove_again: bool,
+) -> Model:
+    """Open a model; see :func:`open_model`."""
     if not isinstance(model, str | Path):
         opened = model if isinstance(model, Model) else _from_memory(model, prove_again)
         _check_library(opened.library, libraries, opened.name)
@@ -487,6 +520,26 @@ def parameters_of(model: str | Path) -> int:
     with torch.device("meta"):
         empty = getattr(transformers, auto_class(config)).from_config(config)
     return sum(each.numel() for each in empty.parameters())
+
+
+def size_in_memory(model: str | Path) -> int:
+    """Return the bytes of a checkpoint's weights once they are opened; 0 where they are not in a folder of safetensors.
+
+    Args:
+        model: a folder, zoo name or hub id.
+    """
+    place = resolve(model) if parse_name(model) is None else None
+    if not isinstance(place, Path) or library_in(place) != "transformers" or not (place / CONFIG).is_file():
+        return 0
+    size = sum(file.stat().st_size for file in place.glob("*.safetensors"))
+    config = open_config(place)
+    stored = getattr(config, "dtype", None) or torch.float32
+    kept = preference().dtype or (
+        torch.float32
+        if default_device() == "cpu" and not _is_int8(config) and not _too_large(place, stored)
+        else stored
+    )
+    return int(size * kept.itemsize / stored.itemsize)
 
 
 def _is_int8(config: Any) -> bool:

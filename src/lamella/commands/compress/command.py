@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -41,6 +40,7 @@ from lamella.evaluate.tasks import open_tasks, score
 from lamella.files import Work
 from lamella.inputs import LENGTH, SEED, SEQUENCES, check_source
 from lamella.measure import OutputDistance, block_influence, sequences, sublayer_influence
+from lamella.needs import now
 from lamella.plan import Plan, PlanSeries
 from lamella.plan.export import FormOrAuto, check_floats, natural_form
 from lamella.planners import DEFAULT, Planner, Race
@@ -187,9 +187,9 @@ def compress(
         models["cut"] = stack, best.plan
     fidelity = FidelityTest(stack, tested)
     if heal is not None and not best.is_whole:
-        begin = time.perf_counter()
+        begin = now()
         healed, training = heal_cut(stack, best.plan, context, heal, work.within("training"), calibration)
-        training["seconds"] = time.perf_counter() - begin
+        training["seconds"] = now() - begin
         if "note" in training:
             found.notes.append(training.pop("note"))
         if healed is not None:
@@ -456,7 +456,7 @@ def _scores(job: Job, best: Contender) -> dict[str, Any]:
     """Return scores for the colours of the stack drawing; removals of single sublayers use a short text."""
     stack, calibration = job.stack, job.calibration
     short = calibration.tokens[:1, :COLOURING] if isinstance(calibration, Text) else sequences(calibration)[0]
-    alone, end = OutputDistance(stack, short), time.monotonic() + COLOURING_SECONDS
+    alone, end = OutputDistance(stack, short), now() + COLOURING_SECONDS
     gone = [plan.skipped for plan in best.series][: best.point + 1]
     ordered = all(before <= after for before, after in pairwise(gone))
     order = [[each.site for each in sorted(after - before)] for before, after in pairwise(gone)] if ordered else []
@@ -464,8 +464,7 @@ def _scores(job: Job, best: Contender) -> dict[str, Any]:
         "block_influence": block_influence(stack, calibration).values.tolist(),
         "sublayer_influence": sublayer_influence(stack, calibration).values.tolist(),
         "removed_alone": [
-            alone.of([each]) if time.monotonic() < end else None
-            for each in track(stack.positions, "removing single sublayers")
+            alone.of([each]) if now() < end else None for each in track(stack.positions, "removing single sublayers")
         ],
         "removal_order": order,
     }

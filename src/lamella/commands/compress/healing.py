@@ -6,7 +6,6 @@ A model that was planned on images with text is healed on rows of the same kind.
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from lamella.data import ImageText, InputContext, Text
 from lamella.errors import DownloadError, MethodError
 from lamella.evaluate import FidelityTest
 from lamella.files import Work
+from lamella.needs import now
 from lamella.plan import Plan
 from lamella.stack import Stack
 from lamella.train import Healed, TooLittleTime, refit
@@ -116,7 +116,7 @@ def _distilled(
 
     If no training fits the memory or the time, the model is refitted only.
     """
-    begin = time.monotonic()
+    begin = now()
     is_single = isinstance(train, ImageText) and len(train) < 2  # cannot be split into fitted and held-out rows
     fitted, record = (None, {}) if plan.width or is_single else _refitted(stack, plan, _first(train))
     start, teacher, failure = stack, None, "Not healed"
@@ -128,7 +128,7 @@ def _distilled(
     if not fitting:
         return fitted, record | {"note": f"{failure}: training needs more memory than is free."}
     minutes = how.minutes or MINUTES
-    left = max(minutes - (time.monotonic() - begin) / 60, minutes / 2)
+    left = max(minutes - (now() - begin) / 60, minutes / 2)
     options: dict[str, Any] = {
         **fitting[0],
         **({"minutes": left} if how.steps is None else {"steps": how.steps}),
@@ -209,9 +209,9 @@ def unseen(stack: Stack, judge: Callable[[str], Text], models: dict[str, Any]) -
         For each text its provenance and the fidelity of every model.
     """
     found: list[dict[str, Any]] = []
-    begin = time.monotonic()
+    begin = now()
     for name in UNSEEN:
-        if found and time.monotonic() - begin > UNSEEN_SECONDS / len(UNSEEN):
+        if found and now() - begin > UNSEEN_SECONDS / len(UNSEEN):
             break
         try:
             text = judge(name)

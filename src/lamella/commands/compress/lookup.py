@@ -7,7 +7,6 @@ would choose: the output is that of greedy decoding, unless two tokens are tied 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor
 from lamella.commands.compress.forms import Variant
 from lamella.evaluate import DraftGain, Ratio
 from lamella.evaluate.speed import denoises
+from lamella.needs import now
 from lamella.progress import track
 from lamella.runtime import Draft
 from lamella.runtime.drafting import TOKENS
@@ -36,19 +36,19 @@ def add_lookup(rows: Iterable[dict[str, Any]], variants: Mapping[str, Variant], 
         variants: what they run, by the names of routes.
         prompts: token ids [1, time] by the name of their text.
     """
-    end = time.monotonic() + LOOKUP_SECONDS
+    end = now() + LOOKUP_SECONDS
     for row in track([each for each in rows if each["name"] in variants], "prompt lookup"):
         form, stack, plan = variants[row["name"]]
         config = stack.model.config
         generates = not config.is_encoder_decoder and not denoises(stack.model)
-        if time.monotonic() > end or not row["decode_speedup"] or not generates:
+        if now() > end or not row["decode_speedup"] or not generates:
             continue
         view = form.view(stack, plan)
         if hasattr(view, "lamella_policy"):
             continue
         found: dict[str, DraftGain] = {}
         for name, prompt in prompts.items():
-            if found and time.monotonic() > end:
+            if found and now() > end:
                 break
             found[name] = DraftGain.of(view, Draft(), prompt.to(view.device), ANSWER)
         if found:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from bisect import bisect_left
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +18,7 @@ from lamella.errors import BudgetError, MethodError
 from lamella.evaluate import Budget, Fidelity, FidelityTest, Ratio
 from lamella.evaluate.confidence import CONFIDENCE
 from lamella.files import Work
+from lamella.needs import now
 from lamella.plan import ModelReference, Plan, PlanSeries
 from lamella.planners import Planner, Race, first_reaching, planned_on
 from lamella.progress import track
@@ -161,9 +161,9 @@ def search(job: Job, planner: Planner, form: Form, minutes: float | None) -> Con
     entry = planner.method
     work = job.work.within(f"plans-{form.name}" if form.name else "plans")
     options = entry.signature.fill(planner.options, budget, work, seed=job.seed)
-    begin = time.perf_counter()
+    begin = now()
     series: PlanSeries = entry(job.stack, **planned_on(entry, job.calibration), **options)
-    seconds = time.perf_counter() - begin
+    seconds = now() - begin
     return Contender(entry.slug, entry.title, series, form, baseline=entry.baseline, seconds=seconds)
 
 
@@ -315,12 +315,12 @@ def measure_curves(job: Job, candidates: list[Contender]) -> None:
     """
     fidelity, confidence = FidelityTest(job.stack, job.test), confidence_of_each(len(candidates))
     for candidate in track(candidates, "fidelity against speed"):
-        series, end = candidate.series, time.monotonic() + CURVE_SECONDS
+        series, end = candidate.series, now() + CURVE_SECONDS
         smaller = _spread(candidate) if candidate.is_curve else []
         indices = [candidate.point, *(index for index in smaller if index != candidate.point)]
         fidelities: dict[int, Fidelity] = {}
         for index in track(indices, "fidelity along the series"):
-            if fidelities and time.monotonic() > end:
+            if fidelities and now() > end:
                 break
             fidelities[index] = fidelity.of(candidate.form.view(job.stack, series[index]))
         others = {str(index): (candidate.form, series[index]) for index in fidelities if index != candidate.point}

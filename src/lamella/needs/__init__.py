@@ -1,0 +1,43 @@
+"""What a command needs, memory and time, before any work.
+
+The command itself runs, on tensors that have a shape and no values: nothing is computed, and no weights are loaded.
+What the tensors would take is counted as they come and go, and the time of each operation is predicted from its
+arithmetic, the bytes that it moves, and the speed of this machine.
+
+    with recording() as needs:
+        model = without_values(model)
+        model(torch.zeros(1, 512, dtype=torch.long))
+    needs.peak, needs.seconds
+
+Numbers that are read from such a tensor, such as a loss, are placeholders: 1, and true. A search takes some path and a
+sampled answer has its full length, so the result is what the command needs in a typical run and not what it decides.
+"""
+
+from lamella.needs.machine import MachineSpeed
+from lamella.needs.recorder import (
+    Needs,
+    NeedsOfStage,
+    Recorder,
+    TimeLimit,
+    gigabytes,
+    now,
+    recorded,
+    recording,
+    sampled,
+)
+from lamella.needs.tensors import has_values, without_values
+
+__all__ = [
+    "MachineSpeed",
+    "Needs",
+    "NeedsOfStage",
+    "Recorder",
+    "TimeLimit",
+    "gigabytes",
+    "has_values",
+    "now",
+    "recorded",
+    "recording",
+    "sampled",
+    "without_values",
+]
