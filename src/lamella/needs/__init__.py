@@ -13,6 +13,7 @@ Numbers that are read from such a tensor, such as a loss, are placeholders: 1, a
 sampled answer has its full length, so the result is what the command needs in a typical run and not what it decides.
 """
 
+from lamella.needs.disk import memory_mapped
 from lamella.needs.machine import MachineSpeed
 from lamella.needs.recorder import (
     Needs,
@@ -35,6 +36,7 @@ __all__ = [
     "TimeLimit",
     "gigabytes",
     "has_values",
+    "memory_mapped",
     "now",
     "recorded",
     "recording",

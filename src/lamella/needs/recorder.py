@@ -264,6 +264,18 @@ class Recorder(TorchDispatchMode):
             self._rise(self.held)
             weakref.finalize(storage, self._release, key)
 
+    def uncounted(self, tensor: Tensor) -> Tensor:
+        """Return a tensor of the same shape that takes no memory, since it is read from disk.
+
+        Args:
+            tensor: the tensor.
+        """
+        held, peak, stage = self.held, self.needs.peak, self.stage.peak
+        found = empty(tensor.shape, tensor.dtype)
+        self._sizes[_place(found)] = 0
+        self.held, self.needs.peak, self.stage.peak = held, peak, stage
+        return found
+
     def _release(self, key: int) -> None:
         self.held -= self._sizes.pop(key, 0)
 

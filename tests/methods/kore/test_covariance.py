@@ -11,10 +11,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from lamella.errors import MethodError, NumericsError
 from lamella.methods.kore import Covariance, input_covariance, normalised
+from lamella.needs import recording, without_values
 from lamella.stack import Stack
 from lamella.train import linear_at
 
@@ -127,3 +128,26 @@ def test_the_largest_entry_is_the_scale_unless_it_is_next_to_nothing() -> None:
 def test_hooks_are_gone_afterwards(stack: Stack, tokens: Tensor) -> None:
     input_covariance(stack.model, linear_at(stack.model), tokens[:1])
     assert not any(module._forward_pre_hooks for module in stack.model.modules() if isinstance(module, nn.Linear))
+
+
+def test_matrices_measured_in_parts_and_kept_on_disk_are_the_same(stack: Stack, tokens: Tensor, tmp_path: Path) -> None:
+    names = linear_at(stack.model)
+    whole = input_covariance(stack.model, names, tokens)
+    largest = max(each.numel() for each in whole.matrices.values()) * 4
+    parts = input_covariance(stack.model, names, tokens, folder=tmp_path, most=largest)
+    assert len(list(tmp_path.glob("*.safetensors"))) > len(stack)
+    assert (parts.reads, parts.tokens) == (whole.reads, whole.tokens)
+    assert set(parts.matrices) == set(whole.matrices)
+    assert all(torch.equal(parts.matrices[name], each) for name, each in whole.matrices.items())
+
+
+def test_measured_in_parts_they_take_less_memory(tokens: Tensor, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 2}
+    model, peaks = LlamaForCausalLM(LlamaConfig(vocab_size=256, **sizes)), []
+    largest = 4 * 1024**2  # the input of down_proj
+    for most in (10**9, largest):
+        with recording() as needs:
+            empty = without_values(model)
+            input_covariance(empty, linear_at(empty), tokens, folder=tmp_path, most=most)
+        peaks.append(needs.peak)
+    assert peaks[0] - peaks[1] >= 6 * largest and not list(tmp_path.iterdir())

@@ -15,7 +15,7 @@ For images with text, image positions are ordinary tokens, as in the paper. Ther
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from lamella.errors import CalibrationError, MethodError, NumericsError
 from lamella.evaluate.scored import read_inputs
 from lamella.files import replacing
 from lamella.measure import Tokens, sequences
+from lamella.needs import MachineSpeed, memory_mapped
 from lamella.plan.fingerprint import revision
 from lamella.progress import track
 
@@ -124,7 +125,15 @@ class Covariance:
 
 
 @torch.no_grad()
-def input_covariance(view: Any, names: Sequence[str], old: Tokens | ImageText, *, balanced: bool = False) -> Covariance:
+def input_covariance(
+    view: Any,
+    names: Sequence[str],
+    old: Tokens | ImageText,
+    *,
+    balanced: bool = False,
+    folder: Path | None = None,
+    most: int | None = None,
+) -> Covariance:
     """Run a model on old samples, and accumulate the covariance of its linear layers' inputs.
 
     Args:
@@ -133,6 +142,9 @@ def input_covariance(view: Any, names: Sequence[str], old: Tokens | ImageText, *
         old: tokens [sequences, time], or with an attention mask, whose padding is ignored; one sequence is one sample.
             Or images with text, one row each, with prompt and answers.
         balanced: give image positions as much weight as all text, in each sample that has both.
+        folder: where matrices are kept if they take more than ``most``: the model then runs on all samples once for
+            each part of them, and they are read from there, with the same result.
+        most: bytes of matrices in memory; a quarter of the free memory by default.
 
     Returns:
         The covariances.
@@ -141,7 +153,36 @@ def input_covariance(view: Any, names: Sequence[str], old: Tokens | ImageText, *
         CalibrationError: for empty or too short text.
         NumericsError: for activations that are not finite, with the name of the layer.
     """
-    sums = _CovarianceSums()
+    sizes = {name: 4 * view.get_submodule(name).weight.shape[-1] ** 2 for name in names}
+    most = MachineSpeed.free() // 4 if most is None else most
+    sums = _CovarianceSums(adds=folder is None or sum(sizes.values()) <= most)
+    tokens, images = _run(view, names, old, balanced, sums)
+    silent = [name for name in names if name not in sums.reads]
+    if silent:
+        raise CalibrationError(f"{silent[0]} gets no input when the model runs: exclude it")
+    matrices = sums.matrices
+    for number, part in enumerate([] if sums.adds else _parts(sums.reads.values(), sizes, most)):
+        assert folder is not None
+        some = _CovarianceSums()
+        _run(view, part, old, balanced, some)
+        matrices |= memory_mapped(some.matrices, folder / f"covariance-{number}.safetensors")
+    return Covariance(matrices, sums.reads, tokens, revision(view), images)
+
+
+def _parts(names: Iterable[str], sizes: Mapping[str, int], most: int) -> list[list[str]]:
+    """Return layers with different inputs, in parts whose matrices take at most that many bytes."""
+    parts: list[list[str]] = [[]]
+    for name in dict.fromkeys(names):
+        if parts[-1] and sum(sizes[each] for each in [*parts[-1], name]) > most:
+            parts.append([])
+        parts[-1].append(name)
+    return parts
+
+
+def _run(
+    view: Any, names: Sequence[str], old: Tokens | ImageText, balanced: bool, sums: _CovarianceSums
+) -> tuple[int, int]:
+    """Run a model on all samples, and return how many tokens and how many image positions they have."""
     tokens = images = 0
     handles = [view.get_submodule(name).register_forward_pre_hook(partial(sums.read, name)) for name in names]
     try:
@@ -153,10 +194,7 @@ def input_covariance(view: Any, names: Sequence[str], old: Tokens | ImageText, *
     finally:
         for handle in handles:
             handle.remove()
-    silent = [name for name in names if name not in sums.reads]
-    if silent:
-        raise CalibrationError(f"{silent[0]} gets no input when the model runs: exclude it")
-    return Covariance(sums.matrices, sums.reads, tokens, revision(view), images)
+    return tokens, images
 
 
 @dataclass
@@ -167,12 +205,14 @@ class _CovarianceSums:
         matrices, reads: see :class:`Covariance`.
         seen: inputs of the current sample that were added, by the first layer that gets them.
         weights: weight of each position of the sample [time]; 0 is padding.
+        adds: whether matrices are added; otherwise only ``reads`` is filled.
     """
 
     matrices: dict[str, Tensor] = field(default_factory=dict)
     reads: dict[str, str] = field(default_factory=dict)
     seen: dict[str, Tensor] = field(default_factory=dict)
     weights: Tensor = field(default_factory=lambda: torch.ones(0))
+    adds: bool = True
 
     def begin(self, weights: Tensor) -> None:
         """Start another sample."""
@@ -186,6 +226,8 @@ class _CovarianceSums:
         if known is not None:
             return
         self.seen[name] = x
+        if not self.adds:
+            return
         z = _weighted(x, self.weights, name)
         if name not in self.matrices:
             self.matrices[name] = z.new_zeros(z.shape[1], z.shape[1])

@@ -22,7 +22,7 @@ For a vision-language model, the linear layers of its text model are adapted; it
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any, Literal
@@ -38,11 +38,11 @@ from lamella.errors import MethodError
 from lamella.evaluate.fidelity import causal_stack
 from lamella.files import Work
 from lamella.methods.kore.covariance import Covariance, equal_rank, input_covariance
-from lamella.methods.kore.nullspace import WEAK, Basis, LowRankFactors, null_basis, on_basis
+from lamella.methods.kore.nullspace import WEAK, LowRankFactors, null_basis, on_basis
 from lamella.methods.kore.projector import projector_of, state_of, two_rates
 from lamella.plan import ModelReference, Plan
 from lamella.plan.fingerprint import revision
-from lamella.progress import notify, track
+from lamella.progress import notify, tracker
 from lamella.registry import method
 from lamella.results import Tuned
 from lamella.runtime import apply
@@ -137,7 +137,8 @@ def kore(
     names = linear_at(view, targets or None, running)
     r = _rank(view, names, constraint)
 
-    measured = input_covariance(view, names, old, balanced=constraint.balanced)
+    folder = work.directory("covariance")
+    measured = input_covariance(view, names, old, balanced=constraint.balanced, folder=folder)
     if covariance is not None:
         measured = Covariance.read(covariance, measured.base) + measured
     split = split_weights(view, names, measured, r)
@@ -222,16 +223,14 @@ def split_weights(view: Any, names: tuple[str, ...], measured: Covariance, r: in
         measured: covariances of their inputs.
         r: number of directions.
     """
-
-    @cache
-    def basis(matrix: str) -> Basis:
-        return null_basis(measured.matrices[matrix], r)
-
     found = {}
-    for name in track(names, "null-space directions"):
-        measured.of(name)
-        found[name] = on_basis(weight_of(view.get_submodule(name)).detach(), basis(measured.reads[name]))
-    return found
+    with tracker("null-space directions", len(names)) as count:
+        for matrix in dict.fromkeys(measured.reads[name] for name in names):
+            basis = null_basis(measured.of(matrix), r)
+            for name in (each for each in names if measured.reads[each] == matrix):
+                found[name] = on_basis(weight_of(view.get_submodule(name)).detach(), basis)
+                count()
+    return {name: found[name] for name in names}
 
 
 @torch.no_grad()

@@ -66,7 +66,7 @@ def null_basis(c: Tensor, r: int) -> Basis:
     values, vectors = torch.linalg.eigh(c.double())  # ascending
     shares = values.clamp(min=0).cumsum(0)
     shares = shares / shares[-1].clamp(min=torch.finfo(shares.dtype).tiny)
-    return Basis(vectors[:, :r], float(shares[r - 1]) if r else 0.0, int((shares <= WEAK).sum()))
+    return Basis(vectors[:, :r].clone(), float(shares[r - 1]) if r else 0.0, int((shares <= WEAK).sum()))
 
 
 def factors(weight: Tensor, c: Tensor, r: int) -> LowRankFactors:
