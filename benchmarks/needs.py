@@ -40,7 +40,7 @@ BASE: dict[str, Any] = {"width": 512, "layers": 12, "sequences": 4, "length": 25
 VARIED = {"width": 1280, "layers": 48, "sequences": 16, "length": 1024}
 CASES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "shortgpt": ({}, ("width", "layers", "sequences")),
-    "finercut": ({"share": 0.05}, ("layers", "sequences")),
+    "finercut": ({"share": 0.05}, ("sequences",)),
     "lora": ({"steps": 3, "batch": 2}, ("width", "layers", "length")),
     "kore": ({"steps": 3, "batch": 2}, ("width", "layers")),
     "smora": ({"steps": 2, "batch": 2}, ("layers",)),
