@@ -74,6 +74,9 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
             raise PluginError(f"{page.file.src_path}: unknown marker '{name}'; there are: {', '.join(FILLERS)}")
         return FILLERS[name](*([argument] if argument else []))
 
+    path = Path(page.file.src_path)
+    if path.parent.name == METHOD_PAGES.name and (needs := needs_of(path.stem)):
+        markdown = markdown.replace("\n## Limits\n", f"\n## What it needs\n\n{needs}\n\n## Limits\n", 1)
     return MARKER.sub(fill, markdown)
 
 
@@ -93,6 +96,22 @@ def reproduction(slug: str) -> str:
 def benchmark(name: str) -> str:
     """What a benchmark measured."""
     return render(ROOT / "benchmarks" / "results" / f"{name}.json", command=f"python benchmarks/{name}.py")
+
+
+def needs_of(slug: str) -> str:
+    """What the commands of a method need at the size of published models; nothing for one that takes no decoder."""
+    path = ROOT / "benchmarks" / "results" / "full_size.json"
+    if not path.exists():
+        return ""
+    found = json.loads(path.read_text(encoding="utf-8"))["tables"][0]
+    rows = [row for row in found["rows"] if row[0].split()[0] == slug]
+    if not rows:
+        return ""
+    said = (
+        "Memory and time of a run on a published model in bfloat16, with one thread, as `--estimate` predicts them "
+        "([how](../estimates.md)):"
+    )
+    return f"{said}\n\n{table(found['columns'], rows)}"
 
 
 def figure(name: str) -> str:
