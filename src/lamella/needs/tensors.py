@@ -135,3 +135,15 @@ def selecting(operation: Any, args: Sequence[Any]) -> Sequence[Any]:
         else:
             indices += [empty((each.numel(),), torch.int64)] * each.dim()
     return args[0], indices, *args[2:]
+
+
+def grouped(operation: Any, args: Sequence[Any]) -> Tensor | None:
+    """Return the result of a product of groups of rows with a matrix each, which PyTorch knows for bfloat16 only.
+
+    Args:
+        operation: an operator of PyTorch; None is returned for any other.
+        args: its arguments.
+    """
+    if operation._overloadpacket is not aten._grouped_mm:
+        return None
+    return empty((args[0].shape[0], args[1].shape[-1]), args[0].dtype)

@@ -14,6 +14,7 @@ from lamella.errors import MethodError
 from lamella.evaluate.scored import labelled_batches
 from lamella.methods.modes import AnswerDistance, ExpertSkipping, layer_importance, method, modes
 from lamella.methods.modes.method import BATCH, skipped
+from lamella.needs import recording, without_values
 from lamella.plan import ModelReference, Plan, PolicyReference
 from lamella.runtime import apply, empty_cache, parallel, with_policy
 from lamella.stack import Stack
@@ -254,3 +255,16 @@ def test_what_does_not_fit_is_refused() -> None:
         ExpertSkipping(opened(), alpha={"text": [1.0] * 3, "image": [1.0] * 4})
     with pytest.raises(MethodError, match="at least 0"):
         ExpertSkipping(opened(), alpha={"text": [1.0] * 4, "image": [1.0] * 4}, tau={"text": -1.0, "image": 0.0})
+
+
+def test_memory_grows_by_hidden_states_and_not_by_distributions() -> None:
+    model = nano("qwen3_moe", vocab_size=4096)
+    row = torch.randint(3, 120, (24,), generator=torch.Generator().manual_seed(0))
+    peaks = []
+    for count in (BATCH, 9 * BATCH):
+        batches = list(labelled_batches(pairs([(row[:8], row[8:])] * count), BATCH))
+        with recording() as needs:
+            AnswerDistance(Stack(without_values(model)), batches)
+        peaks.append(needs.peak)
+    answers = 8 * BATCH * 16  # of what was added
+    assert peaks[1] - peaks[0] < 2 * 4 * answers * model.config.hidden_size < 4 * answers * 4096 / 8

@@ -21,12 +21,14 @@ from lamella.runtime import with_policy
 from lamella.stack import Stack, last_stack
 
 Batch = Mapping[str, Any]
+CHUNK = 64  # positions whose distributions are in memory at once
 
 
 class AnswerDistance:
     """Measure how much the answers of a model change when some experts are skipped.
 
-    The original's log-probabilities are cached, so that every measurement takes one pass over the samples.
+    The original's final states are cached, so that every measurement takes one pass over the samples. Distributions
+    over the vocabulary, which are much larger, are made for a few positions at a time.
 
     Args:
         stack: the model.
@@ -41,7 +43,7 @@ class AnswerDistance:
         self.policy = policy or ExpertSkipping(stack, alpha=dict.fromkeys(MODALITIES, [1.0] * len(stack)))
         self.view = with_policy(stack, Plan(model=ModelReference.of(stack)), self.policy)
         self.batches = batches
-        self.original = list(self._log_probs())
+        self.original = list(self._states())
         self.count = sum(map(len, self.original))
         if self.count == 0:
             raise CalibrationError("modes: the calibration samples have no answers")
@@ -55,9 +57,8 @@ class AnswerDistance:
             and of those that ran [layers, text and image, chosen and run].
         """
         total, counts = 0.0, torch.zeros(self.policy.layers, 2, 2, dtype=torch.long)
-        for before, after in zip(self.original, self._log_probs(), strict=True):
-            kl = (before.exp() * (before - after)).sum(-1).sum()
-            total += max(float(kl), 0.0)
+        for before, after in zip(self.original, self._states(), strict=True):
+            total += max(sum(map(self._divergence, before.split(CHUNK), after.split(CHUNK))), 0.0)
             counts += self.policy.counts
         return total / self.count, counts
 
@@ -67,19 +68,23 @@ class AnswerDistance:
         self.policy.tau = torch.zeros(2)
         recorded: list[tuple[Tensor, Tensor]] = []
         self.policy.recorded_scores = recorded
-        for _ in self._log_probs():
+        for _ in self._states():
             pass
         self.policy.recorded_scores = None
         pairs, image = (torch.cat(each) for each in zip(*recorded, strict=True))
         return {"text": pairs[~image].flatten(), "image": pairs[image].flatten()}
 
-    def _log_probs(self) -> Iterator[Tensor]:
-        """Yield the log-probabilities at the answers of each batch: [answers, vocabulary]."""
+    def _divergence(self, before: Tensor, after: Tensor) -> float:
+        """Return the KL divergence of the answers of some positions, summed, from their final states."""
         stack = last_stack(self.view)
+        log_p, log_q = (stack.logits(each).float().log_softmax(-1) for each in (before, after))
+        return float((log_p.exp() * (log_p - log_q)).sum())
+
+    def _states(self) -> Iterator[Tensor]:
+        """Yield the final states that predict the answers of each batch: [answers, hidden]."""
         for batch in self.batches:
             with torch.no_grad():
-                states, _ = scored_states(self.view, batch)
-                yield stack.logits(states).float().log_softmax(-1)
+                yield scored_states(self.view, batch)[0]
 
 
 def layer_importance(
