@@ -36,13 +36,16 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("slug", list(GIVEN))
+@pytest.mark.parametrize(
+    ("slug", "shard"),
+    [*((slug, ()) for slug in GIVEN), *((slug, ("--shard",)) for slug in GIVEN if slug != "switchlora")],
+)
 def test_two_processes_train_what_one_does(
-    slug: str, lamella: Any, in_two_processes: Callable[..., Any], tmp_path: Path
+    slug: str, shard: tuple[str, ...], lamella: Any, in_two_processes: Callable[..., Any], tmp_path: Path
 ) -> None:
     given = ("run", slug, NANO_LLAMA, *GIVEN[slug], *TEXT)
     assert lamella(*given, "--batch", "4", "-o", tmp_path / "one").code == 0
-    ran = in_two_processes("-m", "lamella.cli", *given, "--batch", "2", "-o", tmp_path / "two")
+    ran = in_two_processes("-m", "lamella.cli", *given, *shard, "--batch", "2", "-o", tmp_path / "two")
     assert ran.returncode == 0, ran.stderr
     same(tmp_path)
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lamella.methods.smora.modules import RankExperts
+from lamella.plan.adapters import ATTRIBUTE
 from lamella.train import Hook, response_loss
 from lamella.train.task import Backward, Batch, LossAndParts, single_pass
 
@@ -33,6 +34,8 @@ class LoadBalance(Hook):
         u: the step size; 0 keeps them constant.
     """
 
+    splits = True  # b and the counts are whole in every process
+
     def __init__(self, experts: Mapping[str, RankExperts], u: float) -> None:
         self.experts, self.u = experts, u
 
@@ -44,6 +47,8 @@ class LoadBalance(Hook):
             batch: token ids, labels and ``attention_mask`` `[batch, time]`.
         """
         token_mask = batch["attention_mask"].bool()
+        # A sharded run trains a copy of the view, with the same vectors b.
+        self.experts = {name: model.get_submodule(f"{name}.{ATTRIBUTE}") for name in self.experts}
         for each in self.experts.values():
             each.token_mask = token_mask
         return response_loss(model, batch)
