@@ -21,6 +21,7 @@ from lamella.plan import ModelReference, Plan, PlanSeries
 from lamella.planners import GOALS as NAMES
 from lamella.planners import PLANS, Planner, Race, goal_of, pick, planned_on
 from lamella.processes import is_first
+from lamella.progress import notify
 from lamella.provenance import environment
 from lamella.registry import PERMISSIONS, Method, check_passed_once, get_method, submodule
 from lamella.results import Edit, Evidence, Result, Summary, Trained
@@ -217,7 +218,12 @@ def _check_memory(entry: Method, given: Mapping[str, Any], how: Mapping[str, Any
     names = [each for each in models if isinstance(each, str | Path)]
     if not any(size_in_memory(each) > LARGE * MachineSpeed.free() for each in names):
         return
-    needs = needs_of(entry.slug, command=entry.name, **how, **given)
+    try:
+        needs = needs_of(entry.slug, command=entry.name, **how, **given)
+    except Exception:  # the run itself reports what is wrong
+        return
+    if needs.fits and is_first():
+        notify(f"{entry.slug}: {needs.summary().verdict}")
     if not needs.fits:
         known = {*entry.options, *(name for each in entry.signature.inputs.values() for name in settings_of(each))}
         less = [f"--{name.replace('_', '-')}" for name in SAVING if name in known]

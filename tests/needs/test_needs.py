@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -147,7 +148,9 @@ def test_more_of_everything_needs_more() -> None:
     assert needs(length=96).peak > usual.peak and needs(r=64).peak > usual.peak
 
 
-def test_a_run_that_cannot_fit_is_refused_before_it_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_cannot_fit_is_refused_before_it_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "model"
     LlamaForCausalLM(LlamaConfig.from_pretrained(NANO_LLAMA)).save_pretrained(folder)
     for file in NANO_LLAMA.glob("tokenizer*"):
@@ -156,8 +159,9 @@ def test_a_run_that_cannot_fit_is_refused_before_it_starts(tmp_path: Path, monke
     monkeypatch.setattr(MachineSpeed, "free", staticmethod(lambda: size + 1))
     with pytest.raises(MethodError, match=r"lora needs about .* are free: use --dtype bfloat16, or try .*--batch"):
         run("lora", folder, train="pydoc", steps=3, length=32, sequences=4)
-    monkeypatch.undo()
+    monkeypatch.setattr(MachineSpeed, "free", staticmethod(lambda: 3 * size))
     assert run("shortgpt", folder, sequences=2, length=16).result.points
+    assert re.search(r"shortgpt: [\d.]+ GB of memory", capsys.readouterr().err)  # what a large model needs is shown as the run starts
 
 
 def test_an_option_that_is_wrong_is_refused_and_not_estimated() -> None:

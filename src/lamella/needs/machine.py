@@ -35,8 +35,8 @@ class MachineSpeed:
     @classmethod
     def measured(cls) -> MachineSpeed:
         """Measure this machine: a fifth of a second."""
-        numbers = torch.ones(COPIED)
-        small = torch.ones(8)
+        numbers = torch.ones(COPIED, device=_device())
+        small = torch.ones(8, device=_device())
         copying = _fastest(lambda: numbers.mul_(1.0))
         return cls(8 * COPIED / copying, _fastest(lambda: [small + small for _ in range(1000)]) / 1000)
 
@@ -53,13 +53,16 @@ class MachineSpeed:
 
     def _rate(self, dtype: torch.dtype) -> float:
         if dtype not in self.rates:
-            matrix = torch.ones(SIDE, SIDE, dtype=dtype if dtype.is_floating_point else torch.float32)
+            kind = dtype if dtype.is_floating_point else torch.float32
+            matrix = torch.ones(SIDE, SIDE, dtype=kind, device=_device())
             self.rates[dtype] = SIDE**3 / _fastest(lambda: matrix @ matrix)
         return self.rates[dtype]
 
     @staticmethod
     def free() -> int:
-        """Return the bytes of memory that are free for new work."""
+        """Return the bytes of memory that are free for new work, on the accelerator if there is one."""
+        if _device() != "cpu":
+            return int(torch.cuda.mem_get_info()[0])
         known = Path("/proc/meminfo")
         if known.exists():
             return int(known.read_text().split("MemAvailable:")[1].split()[0]) * 1024
@@ -74,11 +77,17 @@ class MachineSpeed:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def _fastest(work: Callable[[], Any]) -> float:
     """Return the shortest time of some work over a few rounds, in seconds."""
     found = []
     for _ in range(ROUNDS):
         begin = time.perf_counter()
         work()
+        if _device() != "cpu":
+            torch.cuda.synchronize()
         found.append(time.perf_counter() - begin)
     return min(found)
