@@ -293,9 +293,9 @@ def _train(
     )
     healed, _ = training.run(work)
     assert isinstance(healed.stack, Stack)
+    candidate.log = healed.log  # shown in the report, whether the training is kept or not
     if pair.accepted(apply(healed.stack, healed.plan)) > before:
-        candidate.stack, candidate.plan, candidate.log = healed.stack, healed.plan, healed.log
-        candidate.trained = True
+        candidate.stack, candidate.plan, candidate.trained = healed.stack, healed.plan, True
     return before
 
 
