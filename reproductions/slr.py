@@ -431,8 +431,8 @@ STEPS = 80  # training steps of the collapse; AdamW 1e-5, batches of 8
 
 def sharpened(stack: Stack, tokenizer: Any, count: int) -> list[Sample]:
     """Return questions in separate phrasings, with the model's most likely valid answer."""
-    pairs = [pair for families in SETS.values() for sets in families.values() for pair in sets.items()]
-    every = [ChoiceQuestion(phrase.format(what=what), tuple(valid)) for phrase in PHRASINGS for what, valid in pairs]
+    kinds = [pair for families in SETS.values() for sets in families.values() for pair in sets.items()]
+    every = [ChoiceQuestion(phrase.format(what=what), tuple(valid)) for phrase in PHRASINGS for what, valid in kinds]
     encoded = encode_questions(tokenizer, every)
     made = []
     with torch.no_grad():
