@@ -31,6 +31,7 @@ from lamella.registry import Method, all_commands
 from lamella.results import Record
 from lamella.runner import needs_of
 from lamella.signature import EMPTY, is_stack, kind_of
+from lamella.zoo import prefer
 from lamella.zoo.cache import cache_folder
 from lamella.zoo.pull import pull
 
@@ -123,6 +124,7 @@ def main() -> int:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     recorder.LIMIT = LIMIT
+    prefer("bfloat16")
     suffix = "-quick" if quick else ""
     finished = Finished(cache_folder() / "benchmarks" / f"full_size{suffix}.jsonl", {"limit": LIMIT})
     every = [
