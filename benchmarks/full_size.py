@@ -46,13 +46,13 @@ SHAPES: dict[str, dict[str, Any]] = {
     "Llama 3.1 8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
                      "num_attention_heads": 32},
 }  # fmt: skip
-CHECKPOINTED = {"steps": 100, "batch": 1, "length": 1024, "gradient_checkpointing": True}
+CHECKPOINTED = {"steps": 100, "batch": 1, "length": 512, "gradient_checkpointing": True}
 LARGER = [  # model, command and options
     ("Llama 3.2 3B", "shortgpt", {"sequences": 16, "length": 512}),
     ("Llama 3.2 3B", "finercut", {"sequences": 10, "share": 0.1}),
     ("Llama 3.2 3B", "depth-efficiency", {}),
     ("Llama 3.1 8B", "shortgpt", {"sequences": 16, "length": 512}),
-    (USUAL, "lora", {"steps": 100, "batch": 1, "length": 1024}),
+    (USUAL, "lora", {"steps": 100, "batch": 1, "length": 512}),
     (USUAL, "lora", CHECKPOINTED),
     (USUAL, "switchlora", CHECKPOINTED),
     ("Llama 3.1 8B", "lora", CHECKPOINTED),

@@ -43,7 +43,6 @@ CASES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "finercut": ({"share": 0.05}, ("sequences",)),
     "lora": ({"steps": 3, "batch": 2}, ("width", "layers", "length")),
     "kore": ({"steps": 3, "batch": 2}, ("width", "layers")),
-    "smora": ({"steps": 2, "batch": 2}, ("layers",)),
     "heal": ({"steps": 4, "loss": "kd", "batch": 2}, ("width", "length")),
     "switchlora": ({"steps": 3, "batch": 2}, ("layers",)),
 }
