@@ -86,6 +86,14 @@ def test_values_that_are_known_select_exactly_and_others_everything() -> None:
         assert torch.bincount(states.argmax(-1), minlength=6).shape == (6,)
 
 
+def test_a_large_tensor_is_not_created() -> None:
+    with recording() as needs:
+        pool = torch.rand(1 << 12, 1 << 26, generator=torch.Generator().manual_seed(0))  # a terabyte
+        assert not has_values(pool) and has_values(torch.zeros(4))
+        assert float(pool[:, :4].sum()) == 1.0
+    assert needs.peak >= 4 << 38
+
+
 def test_rounds_that_are_left_out_count_and_time_is_predicted() -> None:
     assert list(sampled(range(4))) == [0, 1, 2, 3]
     with recording() as needs:
@@ -161,7 +169,8 @@ def test_a_run_that_cannot_fit_is_refused_before_it_starts(
         run("lora", folder, train="pydoc", steps=3, length=32, sequences=4)
     monkeypatch.setattr(MachineSpeed, "free", staticmethod(lambda: 3 * size))
     assert run("shortgpt", folder, sequences=2, length=16).result.points
-    assert re.search(r"shortgpt: [\d.]+ GB of memory", capsys.readouterr().err)  # what a large model needs is shown as the run starts
+    shown = capsys.readouterr().err  # what a large model needs is shown as the run starts
+    assert re.search(r"shortgpt: [\d.]+ GB of memory", shown)
 
 
 def test_an_option_that_is_wrong_is_refused_and_not_estimated() -> None:

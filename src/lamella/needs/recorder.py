@@ -28,7 +28,7 @@ from transformers import GenerationMixin
 from lamella.formatting import counted, number
 from lamella.needs.generation import generated
 from lamella.needs.machine import MachineSpeed
-from lamella.needs.tensors import empty, grouped, has_values, readable, selecting, stand_in
+from lamella.needs.tensors import empty, grouped, has_values, large, readable, selecting, stand_in
 from lamella.progress import observed
 from lamella.result import Summary, Table
 
@@ -206,7 +206,9 @@ class Recorder(TorchDispatchMode):
             raise TimeLimit
         leaves = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
         if all(map(has_values, leaves)):
-            return self._counted(func, args, kwargs, func(*args, **kwargs), leaves)
+            found = None if leaves else large(func, args, kwargs)
+            found = func(*args, **kwargs) if found is None else found
+            return self._counted(func, args, kwargs, found, leaves)
         args = selecting(func, args)
         try:
             known = grouped(func, args)

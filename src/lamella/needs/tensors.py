@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from lamella.stack import share
 
+LARGE = 1 << 26  # bytes of a new tensor from which on it has no values
 SHAPES = FakeTensorMode(allow_non_fake_inputs=True)
 aten = torch.ops.aten
 
@@ -147,3 +148,17 @@ def grouped(operation: Any, args: Sequence[Any]) -> Tensor | None:
     if operation._overloadpacket is not aten._grouped_mm:
         return None
     return empty((args[0].shape[0], args[1].shape[-1]), args[0].dtype)
+
+
+def large(operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """Return the result of an operation that creates a large tensor, without values; None for a small one.
+
+    Args:
+        operation: an operator of PyTorch that reads no tensor.
+        args: its arguments.
+        kwargs: its keyword arguments.
+    """
+    with SHAPES:
+        found = operation(*args, **kwargs)
+    is_large = isinstance(found, Tensor) and found.numel() * found.element_size() >= LARGE
+    return found if is_large else None
