@@ -15,17 +15,8 @@ sampled answer has its full length, so the result is what the command needs in a
 
 from lamella.needs.disk import memory_mapped
 from lamella.needs.machine import MachineSpeed
-from lamella.needs.recorder import (
-    Needs,
-    NeedsOfStage,
-    Recorder,
-    TimeLimit,
-    gigabytes,
-    now,
-    recorded,
-    recording,
-    sampled,
-)
+from lamella.needs.recorder import Recorder, TimeLimit, now, recorded, recording, sampled
+from lamella.needs.result import Needs, NeedsOfStage, gigabytes
 from lamella.needs.tensors import has_values, without_values
 
 __all__ = [
