@@ -200,11 +200,16 @@ def needs_of(
             _evidence(result, opening, opened, [], judged, test)
         except TimeLimit:
             raise
-        except Exception:
+        except Exception as error:
             recorder = recorded()
-            if recorder is None or not recorder.multiplications:
+            if recorder is not None and recorder.multiplications:
+                recorder.cut()  # a placeholder cannot be what the command expects here
+            elif isinstance(error, LamellaError):
                 raise
-            recorder.cut()  # a placeholder cannot be what the command expects here
+            else:
+                raise MethodError(
+                    f"{slug} {command}".strip() + " cannot run without values: it has no estimate"
+                ) from error
     return needs
 
 

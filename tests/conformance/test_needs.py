@@ -6,6 +6,7 @@ import pytest
 import torch
 from worlds import COMMANDS, given, opened, usual
 
+from lamella.errors import MethodError
 from lamella.runner import needs_of
 from lamella.stack import Stack
 
@@ -34,3 +35,10 @@ def test_a_command_is_recorded_to_its_end(command: str) -> None:
     if takes_a_stack and command not in ENDS_EARLY:
         assert needs.weights > 0 and needs.peak >= needs.weights and needs.seconds > 0
     assert all(torch.equal(before[name], each) for name, each in model.model.state_dict().items())
+
+
+@pytest.mark.parametrize("command", sorted(REFUSED))
+def test_what_has_no_estimate_is_refused_in_one_line(command: str) -> None:
+    entry = COMMANDS[command]
+    with pytest.raises(MethodError, match=r"no estimate|relative distance"):
+        needs_of(entry.slug, command=entry.name, **given(command, usual(command)))
