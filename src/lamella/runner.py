@@ -11,6 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from lamella import processes
 from lamella.data import ImageText, Text
 from lamella.errors import ExportError, LamellaError, MethodError, NoteWarning
 from lamella.evaluate import Budget, FidelityTest
@@ -20,7 +21,6 @@ from lamella.needs import MachineSpeed, Needs, TimeLimit, gigabytes, recorded, r
 from lamella.plan import ModelReference, Plan, PlanSeries
 from lamella.planners import GOALS as NAMES
 from lamella.planners import PLANS, Planner, Race, goal_of, pick, planned_on
-from lamella.processes import is_first
 from lamella.progress import notify
 from lamella.provenance import environment
 from lamella.registry import PERMISSIONS, Method, check_passed_once, get_method, submodule
@@ -107,7 +107,7 @@ def run(
         result.chosen = pick(result, budget, opening.model)
     evidence = _evidence(result, opening, opened, [*warned, *notes], judged, test)
     summarise = getattr(submodule(slug, "page"), "summary", result.summary)
-    if out is not None and is_first():
+    if out is not None and processes.is_first():
 
         def documents() -> dict[str, str]:
             evidence.update(result)
@@ -219,6 +219,8 @@ def _check_memory(entry: Method, given: Mapping[str, Any], how: Mapping[str, Any
     Raises:
         MethodError: if it does; the message names options with which it needs less.
     """
+    if processes.count() > 1:  # an estimate is that of one process, which holds everything
+        return
     models = [given.get(each.name) for each in entry.signature.inputs.values() if is_model(kind_of(each))]
     names = [each for each in models if isinstance(each, str | Path)]
     if not any(size_in_memory(each) > LARGE * MachineSpeed.free() for each in names):
@@ -227,7 +229,7 @@ def _check_memory(entry: Method, given: Mapping[str, Any], how: Mapping[str, Any
         needs = needs_of(entry.slug, command=entry.name, **how, **given)
     except Exception:  # the run itself reports what is wrong
         return
-    if needs.fits and is_first():
+    if needs.fits:
         notify(f"{entry.slug}: {needs.summary().verdict}")
     if not needs.fits:
         known = {*entry.options, *(name for each in entry.signature.inputs.values() for name in settings_of(each))}

@@ -167,6 +167,9 @@ def test_a_run_that_cannot_fit_is_refused_before_it_starts(
     monkeypatch.setattr(MachineSpeed, "free", staticmethod(lambda: size + 1))
     with pytest.raises(MethodError, match=r"lora needs about .* are free: use --dtype bfloat16, or try .*--batch"):
         run("lora", folder, train="pydoc", steps=3, length=32, sequences=4)
+    with monkeypatch.context() as several:  # which share the work, so that the estimate of one says nothing
+        several.setattr("lamella.processes.count", lambda: 2)
+        assert run("shortgpt", folder, sequences=2, length=16).result.points
     monkeypatch.setattr(MachineSpeed, "free", staticmethod(lambda: 3 * size))
     assert run("shortgpt", folder, sequences=2, length=16).result.points
     shown = capsys.readouterr().err  # what a large model needs is shown as the run starts

@@ -142,8 +142,9 @@ def input_covariance(
         old: tokens [sequences, time], or with an attention mask, whose padding is ignored; one sequence is one sample.
             Or images with text, one row each, with prompt and answers.
         balanced: give image positions as much weight as all text, in each sample that has both.
-        folder: where matrices are kept if they take more than ``most``: the model then runs on all samples once for
-            each part of them, and they are read from there, with the same result.
+        folder: where matrices are kept if they take more than ``most``: the model then runs on all samples once to see
+            which inputs are the same, and once for each part of the matrices, which are read from there with the same
+            result.
         most: bytes of matrices in memory; a quarter of the free memory by default.
 
     Returns:
