@@ -27,7 +27,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lamella.files import Finished
-from lamella.needs import MachineSpeed
+from lamella.needs import used_memory
 from lamella.registry import get_method
 from lamella.results import Record
 from lamella.runner import needs_of, run
@@ -81,13 +81,13 @@ def child(what: str, command: str, options: dict[str, Any]) -> None:
         needs = needs_of(command, **inputs, **given)
         print(json.dumps({"bytes": needs.peak, "seconds": needs.seconds, "cut": needs.cut}))
         return
-    idle = highest = MachineSpeed.used()
+    idle = highest = used_memory()
     ended = threading.Event()
 
     def watch() -> None:
         nonlocal highest
         while not ended.wait(EVERY):
-            highest = max(highest, MachineSpeed.used())
+            highest = max(highest, used_memory())
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()

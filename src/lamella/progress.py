@@ -111,7 +111,7 @@ def shown(console: Console) -> Iterator[None]:
 
 
 @contextmanager
-def observed(display: Any) -> Iterator[None]:
+def report_to(display: Any) -> Iterator[None]:
     """Report the progress of everything that is tracked inside this block to an object, and show nothing.
 
     Args:

@@ -17,7 +17,7 @@ from lamella.errors import ExportError, LamellaError, MethodError, NoteWarning
 from lamella.evaluate import Budget, FidelityTest
 from lamella.files import Work, check_free, discard
 from lamella.inputs import Opening, check_inputs, check_source
-from lamella.needs import MachineSpeed, Needs, TimeLimit, gigabytes, recorded, recording
+from lamella.needs import Needs, TimeLimit, current_recorder, free_memory, gigabytes, recording
 from lamella.plan import ModelReference, Plan, PlanSeries
 from lamella.planners import GOALS as NAMES
 from lamella.planners import PLANS, Planner, Race, goal_of, pick, planned_on
@@ -201,7 +201,7 @@ def needs_of(
         except TimeLimit:
             raise
         except Exception as error:
-            recorder = recorded()
+            recorder = current_recorder()
             if recorder is not None and recorder.multiplications:
                 recorder.cut()  # a placeholder cannot be what the command expects here
             elif isinstance(error, LamellaError):
@@ -223,7 +223,7 @@ def _check_memory(entry: Method, given: Mapping[str, Any], how: Mapping[str, Any
         return
     models = [given.get(each.name) for each in entry.signature.inputs.values() if is_model(kind_of(each))]
     names = [each for each in models if isinstance(each, str | Path)]
-    if not any(size_in_memory(each) > LARGE * MachineSpeed.free() for each in names):
+    if not any(size_in_memory(each) > LARGE * free_memory() for each in names):
         return
     try:
         needs = needs_of(entry.slug, command=entry.name, **how, **given)

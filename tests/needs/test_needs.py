@@ -15,7 +15,7 @@ from torch.nn.functional import relu
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lamella.errors import MethodError
-from lamella.needs import MachineSpeed, has_values, now, recorded, recording, sampled, without_values
+from lamella.needs import current_recorder, extrapolate, has_values, now, recording, without_values
 from lamella.runner import needs_of, run
 from lamella.train import TrainConfig, blocks, response_loss
 from lamella.train.fit import Task, fit
@@ -40,7 +40,7 @@ def test_memory_and_arithmetic_are_those_counted_by_hand() -> None:
     model = Mlp()
     with recording() as needs:
         empty = without_values(model)
-        recorded().open(empty)  # type: ignore[union-attr]
+        current_recorder().open(empty)  # type: ignore[union-attr]
         out = empty(torch.ones(ROWS, WIDTH))
         assert not has_values(out) and out.shape == (ROWS, WIDTH)
     weights = 4 * 2 * WIDTH * HIDDEN
@@ -95,10 +95,10 @@ def test_a_large_tensor_is_not_created() -> None:
 
 
 def test_rounds_that_are_left_out_count_and_time_is_predicted() -> None:
-    assert list(sampled(range(4))) == [0, 1, 2, 3]
+    assert list(extrapolate(range(4))) == [0, 1, 2, 3]
     with recording() as needs:
         empty, begin = without_values(nn.Linear(32, 32, bias=False)), now()
-        kept = [number for number in sampled(range(10), keep=2) if len(empty(torch.ones(1, 32)))]
+        kept = [number for number in extrapolate(range(10), keep=2) if len(empty(torch.ones(1, 32)))]
         assert kept == [0, 1] and now() - begin == pytest.approx(needs.seconds, rel=0.2)
     assert needs.stages["the rest"].multiplications == 10 * 32 * 32
 
@@ -164,13 +164,15 @@ def test_a_run_that_cannot_fit_is_refused_before_it_starts(
     for file in NANO_LLAMA.glob("tokenizer*"):
         shutil.copy(file, folder)
     size = (folder / "model.safetensors").stat().st_size
-    monkeypatch.setattr(MachineSpeed, "free", staticmethod(lambda: size + 1))
+    monkeypatch.setattr("lamella.runner.free_memory", lambda: size + 1)
+    monkeypatch.setattr("lamella.needs.recorder.free_memory", lambda: size + 1)
     with pytest.raises(MethodError, match=r"lora needs about .* are free: use --dtype bfloat16, or try .*--batch"):
         run("lora", folder, train="pydoc", steps=3, length=32, sequences=4)
     with monkeypatch.context() as several:  # which share the work, so that the estimate of one says nothing
         several.setattr("lamella.processes.count", lambda: 2)
         assert run("shortgpt", folder, sequences=2, length=16).result.points
-    monkeypatch.setattr(MachineSpeed, "free", staticmethod(lambda: 3 * size))
+    monkeypatch.setattr("lamella.runner.free_memory", lambda: 3 * size)
+    monkeypatch.setattr("lamella.needs.recorder.free_memory", lambda: 3 * size)
     assert run("shortgpt", folder, sequences=2, length=16).result.points
     shown = capsys.readouterr().err  # what a large model needs is shown as the run starts
     assert re.search(r"shortgpt: [\d.]+ GB of memory", shown)

@@ -38,7 +38,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
 from lamella.errors import NumericsError
-from lamella.needs import Recorder, now, recorded
+from lamella.needs import Recorder, current_recorder, now
 from lamella.needs.generation import grow
 from lamella.runtime.drafting import ENOUGH, PROBE, TOKENS, Passes
 
@@ -227,7 +227,7 @@ def decode(
     rows = [Running(prompt, sampling, ends) for prompt in prompts]
     batch = Batch(model, draft)
     batch.join(rows)
-    recorder = recorded()
+    recorder = current_recorder()
     while batch.rows:
         batch.step() if recorder is None else batch.rest(recorder)
     return [Row(row.ids, row.finished) for row in rows]

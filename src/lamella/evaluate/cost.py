@@ -13,7 +13,7 @@ from torch import nn
 
 from lamella.errors import ArchitectureError
 from lamella.evaluate.speed import clock, denoises, random_tokens
-from lamella.needs import sampled
+from lamella.needs import extrapolate
 from lamella.plan import Plan, alter_stack
 from lamella.plan.adapters import open_adapters
 from lamella.plan.modules import open_module
@@ -240,7 +240,7 @@ def measure_step(stack: Stack, batch: int = 1, prompt: int = 64, steps: int = 24
     tokens = random_tokens([stack.model], batch, prompt).to(stack.device)
     output, whole = timed(input_ids=tokens, use_cache=True), denoises(timed)
     taken = []
-    for _ in track(sampled(range(steps + WARM), WARM + 1), "timing a decoding step", steps + WARM):
+    for _ in track(extrapolate(range(steps + WARM), WARM + 1), "timing a decoding step", steps + WARM):
         stamps.clear()
         stamp()
         following = {"input_ids": tokens} if whole else _following(output)

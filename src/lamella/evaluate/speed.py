@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
 from lamella.data import ImageText
-from lamella.needs import now, sampled
+from lamella.needs import extrapolate, now
 from lamella.progress import tracker
 from lamella.stack import last_stack
 
@@ -157,7 +157,7 @@ def alternate(
     with tracker("speed", rounds + 1) as count:
         one_round()
         count()
-        for done in sampled(range(1, rounds + 1)):
+        for done in extrapolate(range(1, rounds + 1)):
             for name, measured in one_round().items():
                 times.setdefault(name, []).append(measured)
             count()
@@ -223,7 +223,7 @@ def _one_round(
     passes = {name: _Passes.of(model, given, tokens) for name, model in models.items()}
     prefill = {name: each.timed() for name, each in passes.items()}
     steps: dict[str, list[float]] = {name: [] for name in models}
-    for _ in sampled(range(steady_after + tokens), steady_after + period):
+    for _ in extrapolate(range(steady_after + tokens), steady_after + period):
         for name, each in passes.items():
             steps[name].append(each.timed())
     return {name: (prefill[name], _mean_over_period(steps[name][steady_after:], period)) for name in models}

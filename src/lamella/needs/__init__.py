@@ -13,24 +13,26 @@ Numbers that are read from such a tensor, such as a loss, are placeholders: 1, a
 sampled answer has its full length, so the result is what the command needs in a typical run and not what it decides.
 """
 
-from lamella.needs.disk import memory_mapped
-from lamella.needs.machine import MachineSpeed
-from lamella.needs.recorder import Recorder, TimeLimit, now, recorded, recording, sampled
-from lamella.needs.result import Needs, NeedsOfStage, gigabytes
+from lamella.needs.disk import memory_map
+from lamella.needs.machine import MachineSpeed, free_memory, used_memory
+from lamella.needs.recorder import Recorder, TimeLimit, current_recorder, extrapolate, now, recording
+from lamella.needs.result import Needs, StageNeeds, gigabytes
 from lamella.needs.tensors import has_values, without_values
 
 __all__ = [
     "MachineSpeed",
     "Needs",
-    "NeedsOfStage",
     "Recorder",
+    "StageNeeds",
     "TimeLimit",
+    "current_recorder",
+    "extrapolate",
+    "free_memory",
     "gigabytes",
     "has_values",
-    "memory_mapped",
+    "memory_map",
     "now",
-    "recorded",
     "recording",
-    "sampled",
+    "used_memory",
     "without_values",
 ]

@@ -8,10 +8,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lamella.files import replacing
-from lamella.needs.recorder import recorded
+from lamella.needs.recorder import current_recorder
 
 
-def memory_mapped(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+def memory_map(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     """Write tensors to a file, and return them as they are read from it: in parts, when they are needed.
 
     In a recording nothing is written, and the tensors take no memory.
@@ -20,7 +20,7 @@ def memory_mapped(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
         tensors: tensors by name; nobody else should hold them.
         path: the safetensors file.
     """
-    recorder = recorded()
+    recorder = current_recorder()
     if recorder is not None:
         return {name: recorder.uncounted(each) for name, each in tensors.items()}
     with replacing(path) as partial:

@@ -13,7 +13,7 @@ from lamella.needs.tensors import empty
 DEFAULT_TOKENS = 20  # of transformers, where nothing says how many
 
 
-def generated(
+def record_generation(
     recorder: Any, model: Any, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any
 ) -> Tensor:
     """Record what ``generate`` of transformers needs where no row ends early.

@@ -1,4 +1,4 @@
-"""The speed of this machine, measured in a moment."""
+"""The speed of this machine, measured in a moment, and its memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROUNDS = 4  # of each measurement; the fastest counts, since other processes onl
 
 @dataclass
 class MachineSpeed:
-    """The speed and the memory of this machine.
+    """The speed of this machine.
 
     Attributes:
         bandwidth: bytes that are read or written in a second.
@@ -58,23 +58,23 @@ class MachineSpeed:
             self.rates[dtype] = SIDE**3 / _fastest(lambda: matrix @ matrix)
         return self.rates[dtype]
 
-    @staticmethod
-    def free() -> int:
-        """Return the bytes of memory that are free for new work, on the accelerator if there is one."""
-        if _device() != "cpu":
-            return int(torch.cuda.mem_get_info()[0])
-        known = Path("/proc/meminfo")
-        if known.exists():
-            return int(known.read_text().split("MemAvailable:")[1].split()[0]) * 1024
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
-    @staticmethod
-    def used() -> int:
-        """Return the bytes that this process takes, which are those of Python and the libraries."""
-        known = Path("/proc/self/status")
-        if known.exists():
-            return int(known.read_text().split("VmRSS:")[1].split()[0]) * 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def free_memory() -> int:
+    """Return the bytes of memory that are free for new work, on the accelerator if there is one."""
+    if _device() != "cpu":
+        return int(torch.cuda.mem_get_info()[0])
+    known = Path("/proc/meminfo")
+    if known.exists():
+        return int(known.read_text().split("MemAvailable:")[1].split()[0]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def used_memory() -> int:
+    """Return the bytes that this process takes, which are those of Python and the libraries."""
+    known = Path("/proc/self/status")
+    if known.exists():
+        return int(known.read_text().split("VmRSS:")[1].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _device() -> str:

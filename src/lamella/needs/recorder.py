@@ -25,11 +25,19 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from transformers import GenerationMixin
 
-from lamella.needs.generation import generated
-from lamella.needs.machine import MachineSpeed
-from lamella.needs.result import Needs, NeedsOfStage
-from lamella.needs.tensors import empty, grouped, has_values, large, readable, selecting, stand_in
-from lamella.progress import observed
+from lamella.needs.generation import record_generation
+from lamella.needs.machine import MachineSpeed, free_memory, used_memory
+from lamella.needs.result import Needs, StageNeeds
+from lamella.needs.tensors import (
+    empty,
+    grouped_product,
+    has_values,
+    masks_as_indices,
+    new_large_tensor,
+    placeholder,
+    read_as_ones,
+)
+from lamella.progress import report_to
 
 Item = TypeVar("Item")
 LIMIT = 60.0  # seconds of a recording, after which the stage that runs is extrapolated
@@ -52,21 +60,21 @@ class Recorder(TorchDispatchMode):
 
     def __init__(self, machine: MachineSpeed) -> None:
         super().__init__()
-        self.machine, self.needs = machine, Needs(libraries=machine.used(), free=machine.free())
+        self.machine, self.needs = machine, Needs(libraries=used_memory(), free=free_memory())
         self.held, self.seconds, self.multiplications = 0, 0.0, 0.0
         self.console = Console(stderr=True)  # of messages that are printed at once
         self._end = time.monotonic() + LIMIT
         self._sizes: dict[int, int] = {}
-        self._open: list[NeedsOfStage] = []
+        self._open: list[StageNeeds] = []
         self._factor = 1.0
-        self._calls: dict[Any, _SeenCall] = {}
+        self._calls: dict[Any, _ModuleCall] = {}
         self._kinds: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 
     # The stages, as a display of progress
 
     def add_task(self, what: str, total: int | None, note: str) -> int:
         """Start a stage."""
-        stage = self.needs.stages.setdefault(what, NeedsOfStage(what)) if not self._open else NeedsOfStage(what)
+        stage = self.needs.stages.setdefault(what, StageNeeds(what)) if not self._open else StageNeeds(what)
         stage.total = (stage.total or 0) + total if total is not None else stage.total
         self._open.append(stage)
         return len(self._open)
@@ -81,9 +89,9 @@ class Recorder(TorchDispatchMode):
         del self._open[number - 1 :]
 
     @property
-    def stage(self) -> NeedsOfStage:
+    def stage(self) -> StageNeeds:
         """The outermost stage that runs."""
-        return self._open[0] if self._open else self.needs.stages.setdefault(REST, NeedsOfStage(REST))
+        return self._open[0] if self._open else self.needs.stages.setdefault(REST, StageNeeds(REST))
 
     @contextmanager
     def times(self, count: float) -> Iterator[None]:
@@ -114,15 +122,15 @@ class Recorder(TorchDispatchMode):
             raise TimeLimit
         leaves = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
         if all(map(has_values, leaves)):
-            found = None if leaves else large(func, args, kwargs)
+            found = None if leaves else new_large_tensor(func, args, kwargs)
             found = func(*args, **kwargs) if found is None else found
             return self._counted(func, args, kwargs, found, leaves)
-        args = selecting(func, args)
+        args = masks_as_indices(func, args)
         try:
-            known = grouped(func, args)
+            known = grouped_product(func, args)
             found = func(*args, **kwargs) if known is None else known
         except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException):
-            found = stand_in(func, args, kwargs)
+            found = placeholder(func, args, kwargs)
         return self._counted(func, args, kwargs, found, leaves)
 
     def _counted(self, func: Any, args: Any, kwargs: Any, found: Any, leaves: list[Tensor]) -> Any:
@@ -221,7 +229,7 @@ class Recorder(TorchDispatchMode):
         if all(each is None or (isinstance(each, FakeTensor) and _place(each) not in given) for each in parts):
             results = [None if each is None else (each.shape, each.dtype, each.stride()) for each in parts]
             spent = (self.seconds - seconds) / factor, (self.multiplications - count) / factor
-            self._calls[key] = _SeenCall(results, isinstance(found, tuple), *spent, extra)
+            self._calls[key] = _ModuleCall(results, isinstance(found, tuple), *spent, extra)
         return found
 
     def _key(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -260,7 +268,7 @@ def _place(tensor: Tensor) -> int:
 
 
 @dataclass(frozen=True)
-class _SeenCall:
+class _ModuleCall:
     """A call of a module: shapes, precisions and strides of its results, and what it needed."""
 
     results: list[Any]
@@ -273,25 +281,25 @@ class _SeenCall:
 _recorder: ContextVar[Recorder | None] = ContextVar("recorder", default=None)
 
 
-def recorded() -> Recorder | None:
+def current_recorder() -> Recorder | None:
     """Return what records the needs of the work that runs; None where it is done for real."""
     return _recorder.get()
 
 
 def now() -> float:
     """Return the time in seconds, from some moment on; in a recording, the predicted time."""
-    recorder = recorded()
+    recorder = current_recorder()
     return time.perf_counter() if recorder is None else recorder.seconds
 
 
-def sampled(items: Iterable[Item], keep: int = 1) -> Iterator[Item]:
+def extrapolate(items: Iterable[Item], keep: int = 1) -> Iterator[Item]:
     """Iterate; in a recording only over the first items, of which the last counts for all that are left out.
 
     Args:
         items: the items, such as rounds of a measurement.
         keep: number of items in a recording.
     """
-    recorder = recorded()
+    recorder = current_recorder()
     if recorder is None:
         yield from items
         return
@@ -311,7 +319,7 @@ def recording() -> Iterator[Needs]:
     call, generate = nn.Module.__call__, GenerationMixin.generate
 
     def continued(model: Any, *args: Any, **kwargs: Any) -> Any:
-        return generated(recorder, model, *args, **kwargs)
+        return record_generation(recorder, model, *args, **kwargs)
 
     def replayed(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return recorder.call(call, module, args, kwargs)
@@ -320,7 +328,7 @@ def recording() -> Iterator[Needs]:
     nn.Module.__call__ = replayed  # type: ignore[method-assign]
     GenerationMixin.generate = torch.no_grad()(continued)  # type: ignore[method-assign]
     try:
-        with warnings.catch_warnings(), readable(), observed(recorder), recorder:
+        with warnings.catch_warnings(), read_as_ones(), report_to(recorder), recorder:
             warnings.simplefilter("ignore")  # of what values say
             yield recorder.needs
     except TimeLimit:

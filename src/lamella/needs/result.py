@@ -9,7 +9,7 @@ from lamella.result import Summary, Table
 
 
 @dataclass
-class NeedsOfStage:
+class StageNeeds:
     """A stage of the work, as its progress is shown.
 
     Attributes:
@@ -45,7 +45,7 @@ class Needs:
     peak: int = 0
     libraries: int = 0
     free: int = 0
-    stages: dict[str, NeedsOfStage] = field(default_factory=dict)
+    stages: dict[str, StageNeeds] = field(default_factory=dict)
     cut: str = ""
 
     @property

@@ -53,7 +53,7 @@ def without_values(model: nn.Module) -> Any:
 
 
 @contextmanager
-def readable() -> Iterator[None]:
+def read_as_ones() -> Iterator[None]:
     """Let NumPy and Python read tensors without values: each of their numbers is 1."""
     names: dict[str, Callable[..., Any]] = {
         "numpy": lambda tensor, **_: _ones(tensor),
@@ -87,7 +87,7 @@ def _ones(tensor: Tensor) -> Any:
     return np.ones(tuple(tensor.shape), dtype=torch.empty(0, dtype=dtype).numpy().dtype)
 
 
-def stand_in(operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+def placeholder(operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Return what stands for the result of an operation whose shape, or whose number, depends on values.
 
     A mask without values selects everything, and a number is 1.
@@ -118,7 +118,7 @@ def stand_in(operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
     raise NotImplementedError(f"{operation} on tensors without values")
 
 
-def selecting(operation: Any, args: Sequence[Any]) -> Sequence[Any]:
+def masks_as_indices(operation: Any, args: Sequence[Any]) -> Sequence[Any]:
     """Return the arguments of an operation with masks as indices: known ones exactly, others select everything.
 
     Args:
@@ -138,7 +138,7 @@ def selecting(operation: Any, args: Sequence[Any]) -> Sequence[Any]:
     return args[0], indices, *args[2:]
 
 
-def grouped(operation: Any, args: Sequence[Any]) -> Tensor | None:
+def grouped_product(operation: Any, args: Sequence[Any]) -> Tensor | None:
     """Return the result of a product of groups of rows with a matrix each, which PyTorch knows for bfloat16 only.
 
     Args:
@@ -150,7 +150,7 @@ def grouped(operation: Any, args: Sequence[Any]) -> Tensor | None:
     return empty((args[0].shape[0], args[1].shape[-1]), args[0].dtype)
 
 
-def large(operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+def new_large_tensor(operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
     """Return the result of an operation that creates a large tensor, without values; None for a small one.
 
     Args:

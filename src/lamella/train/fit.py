@@ -22,7 +22,7 @@ from transformers.integrations import TensorBoardCallback
 from lamella import processes
 from lamella.errors import TrainingError
 from lamella.extras import require
-from lamella.needs import recorded
+from lamella.needs import current_recorder
 from lamella.progress import tracker
 from lamella.train.config import TrainConfig
 from lamella.train.hooks import Hook, TrainingRun
@@ -32,7 +32,7 @@ from lamella.train.mixing import Feed
 from lamella.train.optimizers import Factory, adamw, factory_name, state_of
 from lamella.train.parameters import Choice, choose, only
 from lamella.train.recompute import recomputing
-from lamella.train.recorded import recorded_run
+from lamella.train.record import record_run
 from lamella.train.runs import as_json, model_digest, samples_digest
 from lamella.train.sharding import ShardedLoop
 from lamella.train.task import Loss, Task, batching
@@ -94,9 +94,9 @@ def fit(
     sets = held_out if isinstance(held_out, Mapping) else {"": held_out}
     start = None if after is None else state_of(after)
     trained = choose(model, trainable)
-    recorder = recorded()
+    recorder = current_recorder()
     if recorder is not None:
-        return recorded_run(recorder, model, feed, task, config, trained, optimizer, sets, out)
+        return record_run(recorder, model, feed, task, config, trained, optimizer, sets, out)
     arguments = _arguments(model, config, out)
     if config.shard:
         _check_splits(hooks, start)

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 
 from lamella.errors import ArchitectureError, CheckpointError, LamellaError
 from lamella.extras import require
-from lamella.needs import Recorder, has_values, recorded, without_values
+from lamella.needs import Recorder, current_recorder, has_values, without_values
 from lamella.plan import Plan, checkpoint, native
 from lamella.plan.filling import check_tensors, pretrained
 from lamella.plan.quantize import NEEDS, run_by_torch
@@ -143,13 +143,13 @@ def open_model(
         DownloadError: for a hub id or zoo name that cannot be fetched.
         LamellaError: for a model of a library that is not installed.
     """
-    recorder = recorded()
+    recorder = current_recorder()
     how: dict[str, Any] = {"dtype": dtype, "device": device, "allow_pickle": allow_pickle, "prove_again": prove_again}
     opened = _opened(model, weights and recorder is None, libraries, classes, **how)
-    return opened if recorder is None else emptied(opened, recorder)
+    return opened if recorder is None else remove_values(opened, recorder)
 
 
-def emptied(opened: Model, recorder: Recorder) -> Model:
+def remove_values(opened: Model, recorder: Recorder) -> Model:
     """Return a model with its weights replaced by tensors without values, whose memory is counted.
 
     Args:

@@ -31,7 +31,7 @@ from lamella.errors import CalibrationError, MethodError, NumericsError
 from lamella.evaluate.scored import read_inputs
 from lamella.files import replacing
 from lamella.measure import Tokens, sequences
-from lamella.needs import MachineSpeed, memory_mapped
+from lamella.needs import free_memory, memory_map
 from lamella.plan.fingerprint import revision
 from lamella.progress import track
 
@@ -155,7 +155,7 @@ def input_covariance(
         NumericsError: for activations that are not finite, with the name of the layer.
     """
     sizes = {name: 4 * view.get_submodule(name).weight.shape[-1] ** 2 for name in names}
-    most = MachineSpeed.free() // 4 if most is None else most
+    most = free_memory() // 4 if most is None else most
     sums = _CovarianceSums(adds=folder is None or sum(sizes.values()) <= most)
     tokens, images = _run(view, names, old, balanced, sums)
     silent = [name for name in names if name not in sums.reads]
@@ -166,7 +166,7 @@ def input_covariance(
         assert folder is not None
         some = _CovarianceSums()
         _run(view, part, old, balanced, some)
-        matrices |= memory_mapped(some.matrices, folder / f"covariance-{number}.safetensors")
+        matrices |= memory_map(some.matrices, folder / f"covariance-{number}.safetensors")
     return Covariance(matrices, sums.reads, tokens, revision(view), images)
 
 

@@ -27,7 +27,7 @@ STEPS = 2  # that are recorded: the second holds the optimizer's state
 LONGEST = 16  # steps of the run among which the one with the longest samples is chosen, since it needs most memory
 
 
-def recorded_run(
+def record_run(
     recorder: Recorder,
     model: nn.Module,
     feed: Feed,
