@@ -119,12 +119,13 @@ def fit(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise TrainingError(f"{out}: cannot be written ({error.strerror}): give another folder") from None
+    changes = [name for hook in hooks for name in hook.changes]
     order = feed.order(arguments.max_steps, config.accumulate * config.batch * arguments.world_size, config.seed)
     with tracker("training", arguments.max_steps) as count, only(model, trained), torch.enable_grad():
         if config.shard:
-            loop: Loop = ShardedLoop(model, task, config, trained, arguments, order, optimizer)
+            loop: Loop = ShardedLoop(model, task, config, trained, arguments, order, optimizer, changes)
         else:
-            loop = Loop(Objective(model, task), task, config, trained, arguments, order, optimizer, start)
+            loop = Loop(Objective(model, task), task, config, trained, arguments, order, optimizer, start, changes)
         run = TrainingRun(loop, as_json(record))
         watch = Watch(loop, run, sets, config, hooks, count)
         loop.add_callback(watch)

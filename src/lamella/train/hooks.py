@@ -47,7 +47,7 @@ class TrainingRun:
 
     @property
     def state_tensors(self) -> Mapping[str, Tensor]:
-        """All tensors that training changes, by name: the trained parameters and the statistics of batch norms."""
+        """All tensors that training changes, by name: see :func:`lamella.train.loop.changing`."""
         return self._loop.state_tensors
 
     @property
@@ -103,9 +103,11 @@ class Hook:
 
     Attributes:
         splits: whether it supports the split parameters of a sharded run.
+        changes: names of the frozen parameters that it changes; checkpoints contain them.
     """
 
     splits = False
+    changes: Sequence[str] = ()
 
     def begin(self, run: TrainingRun) -> None:
         """Called before the first step, or, after :meth:`load`, before the first step of a resumed run."""

@@ -5,7 +5,7 @@ Batches are the same for any number of processes, and checkpoints contain only w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -52,8 +52,19 @@ class Objective(nn.Module):
         return super().train(mode and self.dropout)
 
 
+def changing(model: nn.Module, trained: Mapping[str, Tensor], changes: Sequence[str]) -> dict[str, Tensor]:
+    """Return all tensors that training changes, by name.
+
+    Args:
+        model: the trained model.
+        trained: its trained parameters by name.
+        changes: names of frozen parameters that hooks change.
+    """
+    return {**trained, **batch_norm_statistics(model), **{name: model.get_parameter(name) for name in changes}}
+
+
 class Loop(Trainer):
-    """Trainer with a :class:`Task`, and checkpoints of only what is trained."""
+    """Trainer with a :class:`Task`, and checkpoints of only what training changes."""
 
     def __init__(
         self,
@@ -65,12 +76,13 @@ class Loop(Trainer):
         order: Order,
         factory: Factory,
         start: Path | None = None,
+        changes: Sequence[str] = (),
     ) -> None:
         super().__init__(objective, arguments, task.collate, order)  # type: ignore[arg-type]
         self.remove_callback(PrinterCallback)
         self.task = task
         self.trained = trained
-        self.state_tensors: dict[str, Tensor] = {**trained, **batch_norm_statistics(objective.model)}
+        self.state_tensors = changing(objective.model, trained, changes)
         self.order = order
         self.config = config
         self.schedule = config.rates.schedule
@@ -184,6 +196,13 @@ class Loop(Trainer):
 
     @torch.no_grad()
     def read(self, checkpoint: Path) -> None:
-        """Set all trained tensors to the values of a checkpoint."""
-        for name, tensor in load_file(checkpoint / TENSORS).items():
+        """Set all tensors that training changes to the values of a checkpoint.
+
+        Raises:
+            TrainingError: if it contains others.
+        """
+        tensors = load_file(checkpoint / TENSORS)
+        if tensors.keys() != self.state_tensors.keys():
+            raise TrainingError(f"{checkpoint} contains other tensors than this run changes: remove it to start anew")
+        for name, tensor in tensors.items():
             self.put(name, tensor)

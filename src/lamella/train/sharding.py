@@ -21,15 +21,16 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate
 from transformers import TrainingArguments
 
 from lamella.errors import TrainingError
-from lamella.stack import find_architecture, share
+from lamella.stack import share
 from lamella.train.config import TrainConfig
-from lamella.train.loop import Loop, Objective
+from lamella.train.loop import Loop, Objective, changing
 from lamella.train.mixing import Order
 from lamella.train.optimizers import OPTIMIZER, Factory
+from lamella.train.recompute import repeated_blocks
 from lamella.train.task import Task
 
 SCHEDULER = "scheduler.pt"  # as Trainer names it
@@ -58,12 +59,11 @@ def split(
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     objective.frozen = nn.ModuleList(frozen)
     for model in (objective.model, *frozen):
-        architecture = find_architecture(model.config)
-        layers: Any = model.get_submodule(architecture.base).get_submodule(architecture.layers)
-        if len(set(layers.parameters())) < sum(len(set(layer.parameters())) for layer in layers):
+        blocks = repeated_blocks(model)
+        if len(set(nn.ModuleList(blocks).parameters())) < sum(len(set(block.parameters())) for block in blocks):
             raise TrainingError("layers that share parameters cannot be sharded: train this plan without shard")
-        for layer in layers:
-            fully_shard(layer, mesh=mesh)
+        for block in blocks:
+            fully_shard(block, mesh=mesh)
     fully_shard(objective, mesh=mesh)
     return {name: each for name, each in objective.model.named_parameters() if name in trained}
 
@@ -73,13 +73,24 @@ def gathered(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def replicated(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return a tensor that can be combined with a parameter of a run, element by element, and copied to it.
+
+    Args:
+        tensor: the whole tensor, the same in all processes; it broadcasts with ``like``.
+        like: a parameter, its gradient or its optimizer state, sharded or whole.
+    """
+    tensor = tensor.to(like.device)
+    return DTensor.from_local(tensor, like.device_mesh, [Replicate()]) if isinstance(like, DTensor) else tensor
+
+
 class ShardedLoop(Loop):
     """The loop over sharded parameters. Its checkpoints are unsharded: any number of processes can read them.
 
     Args:
         model: the trained model; a copy of it is sharded, and it receives the result.
         task: its frozen models are sharded in place.
-        config, trained, arguments, order, factory: as of :class:`Loop`.
+        config, trained, arguments, order, factory, changes: as of :class:`Loop`.
     """
 
     model: Any
@@ -94,12 +105,13 @@ class ShardedLoop(Loop):
         arguments: TrainingArguments,
         order: Order,
         factory: Factory,
+        changes: Sequence[str],
     ) -> None:
         objective = Objective(share(model), task)
         parts = split(objective, trained, task.frozen, arguments.device)
-        super().__init__(objective, task, config, parts, arguments, order, factory)
+        super().__init__(objective, task, config, parts, arguments, order, factory, changes=changes)
         self.is_distributed_loading_by_transformers = True  # so that Trainer does not shard again
-        self.target = trained
+        self.target = changing(model, trained, changes)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train, then copy the result to the original model."""
@@ -113,8 +125,8 @@ class ShardedLoop(Loop):
         self._gather()
 
     def _gather(self) -> None:
-        """Copy the trained parameters to the original model."""
-        for name, each in self.trained.items():
+        """Copy what training changes to the original model."""
+        for name, each in self.state_tensors.items():
             self.target[name].data.copy_(gathered(each.detach()))
 
     def _move_model_to_device(self, *_: Any) -> None:
@@ -124,18 +136,18 @@ class ShardedLoop(Loop):
         return nullcontext()  # deferred reduction would keep whole gradients
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the trained parameters, gathered on the host."""
-        return {name: gathered(each.detach()).cpu() for name, each in self.trained.items()}
+        """Return all tensors that training changes, gathered on the host."""
+        return {name: gathered(tensor).cpu() for name, tensor in super().tensors().items()}
 
     def put(self, name: str, tensor: Tensor) -> None:
-        """Overwrite this process's shard of a trained parameter.
+        """Overwrite this process's shard of a tensor that training changes.
 
         Args:
-            name: name of the parameter.
-            tensor: the new values of the whole parameter, the same in all processes.
+            name: name of the tensor in the state.
+            tensor: the new values of the whole tensor, the same in all processes.
         """
-        ours: Any = self.trained[name]
-        ours.copy_(distribute_tensor(tensor.to(ours.device), ours.device_mesh, ours.placements))
+        ours = self.state_tensors[name]
+        ours.copy_(replicated(tensor, ours))
 
     def evaluated(self) -> None:
         """Free weights gathered by forward passes."""

@@ -44,8 +44,11 @@ def exchange(r: int = 8, sizes: tuple[int, int] = (24, 40)) -> VectorExchange:
 
 
 def effective(one: VectorExchange) -> Tensor:
-    state = one.state()
-    return state["weight"].double() + one.scale * one.b.detach().double() @ one.a.detach().double()
+    return one.weight.detach().double() + one.scale * one.b.detach().double() @ one.a.detach().double()
+
+
+def everything(one: VectorExchange) -> dict[str, Tensor]:
+    return one.state() | {name: getattr(one, name).detach() for name in ("a", "b", "weight")}
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -86,7 +89,7 @@ def test_pools_have_the_spread_that_balances_both_halves() -> None:
 
 def test_an_exchange_and_its_reverse_restore_everything() -> None:
     one = exchange()
-    before = {name: each.clone() for name, each in (one.state() | {"a": one.a.detach(), "b": one.b.detach()}).items()}
+    before = {name: each.clone() for name, each in everything(one).items()}
     one.switch(3, freeze=0)
     after = {name: each.clone() for name, each in one.state().items()}
     assert not torch.equal(after["slots_a"], before["slots_a"])
@@ -97,7 +100,7 @@ def test_an_exchange_and_its_reverse_restore_everything() -> None:
     ):
         slots[first - 1] = old[first] - 1  # so that the next ones to load are those that left
     one.switch(3, freeze=0)
-    now = one.state() | {"a": one.a.detach(), "b": one.b.detach()}
+    now = everything(one)
     assert torch.equal(now["a"], before["a"]) and torch.equal(now["b"], before["b"])
     torch.testing.assert_close(now["weight"], before["weight"], rtol=0, atol=1e-7)
     assert torch.equal(now["pool_a"], before["pool_a"])  # what was loaded goes back to where it was

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lamella.methods.switchlora.switching import base_weights
 from lamella.train import Cosine, Hook, Lora, Schedule, TrainingRun
 from lamella.train.lora import ADAPTER
 
@@ -50,19 +51,21 @@ class ReLora(Hook):
 
     def __init__(self, lora: Lora, every: int, seed: int) -> None:
         self.layers = [lora.view.get_submodule(name) for name in lora.modules]
-        self.every, self.generator = every, torch.Generator().manual_seed(seed)
+        self.every, self.seed = every, seed
+        self.changes = base_weights(lora)
 
     @torch.no_grad()
     def after_step(self, run: TrainingRun) -> None:
         """Merge and restart the adapters if it is time."""
         if run.step % self.every:
             return
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + run.step)  # the same in a resumed run
         for layer in self.layers:
             a, b = (getattr(layer, f"lora_{half}")[ADAPTER].weight for half in "AB")
             product = layer.scaling[ADAPTER] * (b.float() @ a.float())
             layer.get_base_layer().weight.add_(product.T if layer.fan_in_fan_out else product)
             bound = 1 / math.sqrt(a.shape[1])  # Kaiming-uniform, as in peft
-            a.copy_((2 * torch.rand(a.shape, generator=self.generator) - 1) * bound)
+            a.copy_((2 * torch.rand(a.shape, generator=generator) - 1) * bound)
             b.zero_()
             for each in (a, b):
                 for value in run.optimizer.state.get(each, {}).values():

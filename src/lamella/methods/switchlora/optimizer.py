@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lamella.train import TrainConfig
+from lamella.train.sharding import replicated
 
 ROWS, COLUMNS, WHOLE = 0, 1, None  # the axis of the vectors of a group's parameters
 
@@ -50,7 +51,8 @@ class VectorAdamW(torch.optim.Optimizer):
                     continue
                 state = self.state[parameter]
                 if not state:
-                    state["step"] = torch.zeros(_steps_shape(parameter, group["axis"]), device=parameter.device)
+                    shape = _steps_shape(parameter, group["axis"])
+                    state["step"] = parameter.new_zeros(shape, dtype=torch.float32)  # whole in a sharded run
                     state["mean"], state["square"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
                 step = state["step"].add_(1)
                 mean = state["mean"].lerp_(parameter.grad, 1 - first)
@@ -76,8 +78,10 @@ def reset_state(optimizer: torch.optim.Optimizer, parameter: Tensor, vectors: Te
         vectors: the indices of the vectors `[count]`.
         axis: the axis along which they are indexed.
     """
+    mask = torch.zeros(_steps_shape(parameter, axis), dtype=torch.bool)
+    mask.index_fill_(axis, vectors, True)
     for each in optimizer.state.get(parameter, {}).values():
-        each.index_fill_(axis, vectors.to(each.device), 0)
+        each.masked_fill_(replicated(mask, each), 0)
 
 
 def per_vector(rest: float) -> Any:

@@ -24,6 +24,7 @@ from lamella.errors import MethodError
 from lamella.methods.switchlora.optimizer import COLUMNS, ROWS, reset_state
 from lamella.train import Hook, Lora, TrainingRun
 from lamella.train.lora import ADAPTER
+from lamella.train.sharding import gathered, replicated
 
 GAIN = (2 / 6) ** 0.5  # of a leaky ReLU with slope sqrt 5, as in the Kaiming-uniform initialisation of a linear layer
 DECAY = 0.3  # factor of the exchange rate after the fraction ``descent`` of the steps
@@ -71,11 +72,9 @@ class VectorExchange:
     """
 
     def __init__(self, layer: Any, generator: torch.Generator) -> None:
-        base = layer.get_base_layer()
-        self.a, self.b = (getattr(layer, f"lora_{half}")[ADAPTER].weight for half in "AB")
+        self.use(layer)
         self.scale: float = layer.scaling[ADAPTER]
-        self._weight = base.weight.T if layer.fan_in_fan_out else base.weight  # [out, in]
-        r, (m, n) = len(self.a), self._weight.shape
+        r, (m, n) = len(self.a), self.weight.shape
         q = min(m, n)
         spreads = ((m**0.5 * r / n**1.5) ** 0.25 * GAIN**0.5, (r / (m * n) ** 0.5) ** 0.25 * GAIN**0.5)
         self.pool_a, self.pool_b = (
@@ -91,6 +90,16 @@ class VectorExchange:
             self.a.copy_(self.pool_a[self.slots_a])
             self.b.copy_(self.pool_b[self.slots_b].T)
             self._fold(-self.b.float() @ self.a.float())
+
+    def use(self, layer: Any) -> None:
+        """Exchange the vectors of a layer: of the copy that a sharded run trains.
+
+        Args:
+            layer: peft's layer with the same values.
+        """
+        base = layer.get_base_layer().weight
+        self.a, self.b = (getattr(layer, f"lora_{half}")[ADAPTER].weight for half in "AB")
+        self.weight = base.T if layer.fan_in_fan_out else base  # [out, in]
 
     @torch.no_grad()
     def available(self) -> int:
@@ -112,16 +121,19 @@ class VectorExchange:
         """
         r, q = len(self.a), len(self.pool_a)
         rows, columns = ((first + torch.arange(count)) % r for first in (self.next_a, self.next_b))
-        old = self.a[rows].float()
+        a, b = gathered(self.a.detach()), gathered(self.b.detach())
+        old = a[rows].float()
         self._store(self.pool_a, self.slots_a, rows, old, (self.slots_a[self.next_a - 1] + 1 + torch.arange(count)) % q)
-        self.a[rows] = self.pool_a[self.slots_a[rows]].to(self.a)
-        self._fold(self.b[:, rows].float() @ (old - self.a[rows].float()))
-        old = self.b[:, columns].float()
+        a[rows] = self.pool_a[self.slots_a[rows]].to(a)
+        self._fold(b[:, rows].float() @ (old - a[rows].float()))
+        old = b[:, columns].float()
         self._store(
             self.pool_b, self.slots_b, columns, old.T, (self.slots_b[self.next_b - 1] + 1 + torch.arange(count)) % q
         )
-        self.b[:, columns] = self.pool_b[self.slots_b[columns]].T.to(self.b)
-        self._fold((old - self.b[:, columns].float()) @ self.a[columns].float())
+        b[:, columns] = self.pool_b[self.slots_b[columns]].T.to(b)
+        self._fold((old - b[:, columns].float()) @ a[columns].float())
+        for ours, whole in ((self.a, a), (self.b, b)):
+            ours.copy_(replicated(whole, ours))
         self.frozen_b[rows] = freeze
         self.frozen_a[columns] = freeze
         self.next_a, self.next_b = (self.next_a + count) % r, (self.next_b + count) % r
@@ -131,15 +143,14 @@ class VectorExchange:
     def freeze_gradients(self) -> None:
         """Zero the gradients of frozen vectors, and count down their frozen steps."""
         assert self.a.grad is not None and self.b.grad is not None
-        self.a.grad[self.frozen_a > 0] = 0
-        self.b.grad[:, self.frozen_b > 0] = 0
+        self.a.grad.masked_fill_(replicated(self.frozen_a[:, None] > 0, self.a), 0)
+        self.b.grad.masked_fill_(replicated(self.frozen_b > 0, self.b), 0)
         for frozen in (self.frozen_a, self.frozen_b):
             frozen.sub_(1).clamp_(min=0)
 
     def state(self) -> dict[str, Tensor]:
-        """Return the state to save, besides A, B and the optimizer's state."""
+        """Return the state to save, besides A, B, W and the optimizer's state."""
         return {
-            "weight": self._weight.detach().contiguous(),
             "pool_a": self.pool_a,
             "pool_b": self.pool_b,
             "slots_a": self.slots_a,
@@ -153,20 +164,24 @@ class VectorExchange:
     def load(self, state: dict[str, Tensor]) -> None:
         """Restore a saved state."""
         for name, tensor in self.state().items():
-            if name not in ("weight", "next"):
+            if name != "next":
                 tensor.copy_(state[name])
-        self._weight.copy_(state["weight"])
         self.next_a, self.next_b = state["next"].tolist()
 
     def _fold(self, product: Tensor) -> None:
         """Add c times a product `[out, in]` to W in float32, rounded once."""
-        self._weight.copy_(self._weight.float() + self.scale * product)
+        self.weight.copy_(self.weight.float() + replicated(self.scale * product, self.weight))
 
     @staticmethod
     def _store(pool: Tensor, slots: Tensor, positions: Tensor, old: Tensor, targets: Tensor) -> None:
         """Store vectors in their slots, and let their positions point to the next slots."""
         pool[slots[positions]] = old.to(pool)
         slots[positions] = targets
+
+
+def base_weights(lora: Lora) -> list[str]:
+    """Return the names of the weights W of all linear layers with adapters."""
+    return [f"{name}.base_layer.weight" for name in lora.modules]
 
 
 class SwitchHook(Hook):
@@ -182,15 +197,23 @@ class SwitchHook(Hook):
         exchanges: by the name of the linear layer.
     """
 
+    splits = True
+
     def __init__(self, lora: Lora, frequency: ExchangeFrequency, steps: int, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.exchanges = {name: VectorExchange(lora.view.get_submodule(name), generator) for name in lora.modules}
         self.frequency, self.steps, self.seed = frequency, steps, seed
+        self.changes = base_weights(lora)
 
     @property
     def unswitched(self) -> list[str]:
         """The linear layers whose vectors are never exchanged, since they are not larger than the rank."""
         return [name for name, each in self.exchanges.items() if not each.switches]
+
+    def begin(self, run: TrainingRun) -> None:
+        """Use the layers of the model that is trained."""
+        for name, each in self.exchanges.items():
+            each.use(run.model.get_submodule(name))
 
     def before_update(self, run: TrainingRun) -> None:
         """Exchange vectors and freeze their counterparts."""
