@@ -115,6 +115,9 @@ class Hook:
     def before_step(self, run: TrainingRun) -> None:
         """Called when the batches of a step are loaded, before anything is computed."""
 
+    def before_clip(self, run: TrainingRun) -> None:
+        """Called when the gradients of a step are computed, before they are clipped."""
+
     def before_update(self, run: TrainingRun) -> None:
         """Called when the gradients of a step are computed and clipped, before the optimizer step."""
 

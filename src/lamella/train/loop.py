@@ -5,7 +5,7 @@ Batches are the same for any number of processes, and checkpoints contain only w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -92,6 +92,7 @@ class Loop(Trainer):
         self.weight = torch.tensor(0)  # of all of them, over all processes
         self.names: tuple[str, ...] = ()
         self.values: list[Tensor] = []  # loss and parts of each batch since the last log point
+        self.gradients_computed: Callable[[], None] = lambda: None  # called once in a step, before they are clipped
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """Return the batches of a step and their total weight over all processes."""
@@ -129,6 +130,8 @@ class Loop(Trainer):
         )  # so that all processes take the same decision to stop
         for name, value in zip(self.names, self.values[-1], strict=True):
             self.stop_unless_finite(value, name)
+        if self.accelerator.sync_gradients:
+            self.gradients_computed()
         return loss.detach() * share
 
     def create_optimizer(self, model: Any = None) -> Any:

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from transformers import TrainingArguments
 
 from lamella.errors import TrainingError
@@ -82,6 +82,19 @@ def replicated(tensor: Tensor, like: Tensor) -> Tensor:
     """
     tensor = tensor.to(like.device)
     return DTensor.from_local(tensor, like.device_mesh, [Replicate()]) if isinstance(like, DTensor) else tensor
+
+
+def sharded(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return this process's shard of a tensor, as a parameter is sharded; the tensor itself if that is whole.
+
+    Args:
+        tensor: the whole tensor in the shape of the parameter, the same in all processes.
+        like: the parameter.
+    """
+    tensor = tensor.to(like.device)
+    if not isinstance(like, DTensor):
+        return tensor
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
 class ShardedLoop(Loop):

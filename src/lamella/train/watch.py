@@ -42,6 +42,7 @@ class Watch(TrainerCallback):
         self.hooks = hooks
         self.count = count
         self.lr = 0.0
+        loop.gradients_computed = self.before_clip
 
     def open(self, out: Path) -> Path | None:
         """Return the newest complete checkpoint of this run, if any, and load the log and hooks from it.
@@ -83,6 +84,11 @@ class Watch(TrainerCallback):
         """Call the hooks before a step."""
         for hook in self.hooks:
             hook.before_step(self.run)
+
+    def before_clip(self) -> None:
+        """Call the hooks before the gradients are clipped."""
+        for hook in self.hooks:
+            hook.before_clip(self.run)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Check the gradients, and call the hooks before the optimizer step."""

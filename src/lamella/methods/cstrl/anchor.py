@@ -4,6 +4,8 @@
     L(theta) = CE(theta) + lambda_e sum_i F_i (theta_i - theta*_i)^2      (no factor 1/2)
     lambda_e = max( 0.2, 0.9 (1 - e/E) )                                  e = 0, 1, ..., E - 1: the epoch
 
+The gradient of the penalty, 2 lambda_e F (theta - theta*), is added to that of the cross-entropy before clipping.
+
 The gradients are squared per batch of 32, to which lambda = 0.9 refers: per single sample F is about 32 times as large.
 L2-SP is the same with F = 1. In the authors' code the decay never reaches the loss, which is multiplied by 0.9
 throughout: that is ``decay="constant"``.
@@ -13,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -30,6 +32,7 @@ from lamella.plan import fingerprint
 from lamella.signature import Named
 from lamella.stack import Model, weights
 from lamella.train import Hook, TrainingRun, response_loss
+from lamella.train.sharding import gathered, sharded
 from lamella.train.task import Batch, LossAndParts
 
 ROWS = "anchor.json"
@@ -151,9 +154,23 @@ class Penalty:
             mean = total / sum(theta.numel() for theta in self.start.values())
         self.importance = {name: importance[name].to(theta.device) / mean for name, theta in self.start.items()}
 
+    def sharded(self, theta: Mapping[str, Tensor]) -> Penalty:
+        """Return the same penalty for parameters that may be sharded over processes.
+
+        Args:
+            theta: the parameters by name.
+        """
+        part = object.__new__(Penalty)
+        part.start = {name: sharded(self.start[name], each) for name, each in theta.items()}
+        part.importance = {
+            name: sharded(self.importance[name], each) if self.importance[name].ndim else self.importance[name]
+            for name, each in theta.items()
+        }
+        return part
+
     def of(self, theta: Mapping[str, Tensor]) -> Tensor:
-        """Return the penalty of parameters, a differentiable scalar."""
-        return torch.stack([self.part(name, each).sum() for name, each in theta.items()]).sum()
+        """Return the penalty of parameters, a differentiable scalar unless they are sharded."""
+        return torch.stack([gathered(self.part(name, each).sum()) for name, each in theta.items()]).sum()
 
     def part(self, name: str, theta: Tensor) -> Tensor:
         """Return the penalty of each element of one parameter, in its shape.
@@ -165,13 +182,14 @@ class Penalty:
         return self.importance[name] * (theta.float() - self.start[name]).square()
 
     @torch.no_grad()
-    def pull(self, theta: Mapping[str, Tensor]) -> float:
-        """Return the norm of the penalty's gradient, 2 F (theta - theta*)."""
-        squares = [
-            (2 * self.importance[name] * (each.float() - self.start[name])).double().square().sum()
-            for name, each in theta.items()
-        ]
-        return float(torch.stack(squares).sum().sqrt())
+    def gradient(self, name: str, theta: Tensor) -> Tensor:
+        """Return the gradient of the penalty with respect to one parameter, 2 F (theta - theta*), in its shape.
+
+        Args:
+            name: name of the parameter.
+            theta: its values.
+        """
+        return 2 * self.importance[name] * (theta.float() - self.start[name])
 
     @torch.no_grad()
     def by_site(self, theta: Mapping[str, Tensor], sites: Mapping[str, str]) -> dict[str, dict[str, float]]:
@@ -186,7 +204,7 @@ class Penalty:
             start = self.start[name]
             parts = (each.float() - start).square(), start.square(), self.part(name, each)
             for index, part in enumerate(parts):
-                sums[sites[name]][index] += float(part.double().sum())
+                sums[sites[name]][index] += float(gathered(part.double().sum()))
         return {
             site: {"drift": (moved / size) ** 0.5 if size else 0.0, "penalty": penalty}
             for site, (moved, size, penalty) in sums.items()
@@ -217,6 +235,11 @@ def sites_of_parameters(model: Model) -> dict[str, str]:
     return {name: site(name) for name in weights(model.model)}
 
 
+def _norm(tensors: Iterable[Tensor]) -> float:
+    """Return the norm of all tensors together."""
+    return float(torch.stack([gathered(each.double().square().sum()) for each in tensors]).sum().sqrt())
+
+
 class AnchoredLoss(Hook):
     """Cross-entropy with the penalty; lambda changes per epoch, and statistics are recorded at the end of each epoch.
 
@@ -233,15 +256,19 @@ class AnchoredLoss(Hook):
             that of the task's, and the result of :meth:`Penalty.by_site`.
     """
 
+    splits = True
+
     def __init__(
         self, penalty: Penalty, anchor: Anchor, sites: Mapping[str, str], *, samples: int, size: int, steps: int
     ) -> None:
         self.penalty, self.anchor, self.sites = penalty, anchor, sites
+        self.ours = penalty  # its shards in this process
         self.samples, self.size, self.steps = samples, size, steps
         self.epochs = self.epoch(steps - 1) + 1  # the last epoch may be incomplete
         self.rows: list[dict[str, Any]] = []
-        self.tasks: list[float] = []  # task losses of the current epoch
-        self.strength, self.ratio, self.looks = anchor.lam, 0.0, False
+        self.tasks: list[float] = []  # task losses of the steps of the current epoch
+        self.losses: list[Tensor] = []  # task losses of the batches of the current step
+        self.strength, self.ratio = anchor.lam, 0.0
         self.theta: Mapping[str, nn.Parameter] = {}
 
     def epoch(self, step: int) -> int:
@@ -249,7 +276,7 @@ class AnchoredLoss(Hook):
         return step * self.size // self.samples
 
     def loss(self, model: Any, batch: Batch) -> Tensor | LossAndParts:
-        """Return the training loss; without gradient (held-out samples), the cross-entropy only.
+        """Return the loss, whose penalty is a constant here; without gradient (held-out samples), no penalty.
 
         Args:
             model: the model.
@@ -258,31 +285,33 @@ class AnchoredLoss(Hook):
         task = response_loss(model, batch)
         if not torch.is_grad_enabled():
             return task
-        self.tasks.append(float(task.detach()))
-        if self.looks:
-            self._look(task)
-        if self.strength == 0:
-            with torch.no_grad():
-                return task, {"task": task.detach(), "penalty": 0 * self.penalty.of(self.theta)}
-        penalty = self.strength * self.penalty.of(self.theta)
-        return task + penalty, {"task": task.detach(), "penalty": penalty.detach()}
-
-    def _look(self, task: Tensor) -> None:
-        """Measure the ratio of the anchor's gradient norm to the task's, once per epoch."""
-        self.looks = False
-        found = torch.autograd.grad(task, list(self.theta.values()), retain_graph=True, allow_unused=True)
-        squares = [each.double().square().sum() for each in found if each is not None]
-        norm = float(torch.stack(squares).sum().sqrt())
-        self.ratio = self.strength * self.penalty.pull(self.theta) / norm if norm else 0.0
+        self.losses.append(task.detach())
+        with torch.no_grad():
+            penalty = self.strength * self.ours.of(self.theta)
+        return task + penalty, {"task": task.detach(), "penalty": penalty}
 
     def begin(self, run: TrainingRun) -> None:
         """Get the trained parameters."""
         self.theta = run.trained
+        self.ours = self.penalty.sharded(self.theta)
 
     def before_step(self, run: TrainingRun) -> None:
         """Set lambda for the step."""
         self.strength = self.anchor.strength(self.epoch(run.step), self.epochs)
-        self.looks = self._is_last(run.step)
+        self.losses.clear()
+
+    @torch.no_grad()
+    def before_clip(self, run: TrainingRun) -> None:
+        """Add the gradient of the penalty; in the last step of an epoch, compare the norms of both gradients."""
+        self.tasks.append(float(run.weigh(self.losses)))
+        if self._is_last(run.step):
+            norm = _norm(each.grad for each in self.theta.values() if each.grad is not None)
+            pull = _norm(self.ours.gradient(name, each) for name, each in self.theta.items())
+            self.ratio = self.strength * pull / norm if norm else 0.0
+        if self.strength:
+            for name, each in self.theta.items():
+                pull = self.strength * self.ours.gradient(name, each)
+                each.grad = pull.to(each) if each.grad is None else each.grad.add_(pull)
 
     def after_step(self, run: TrainingRun) -> None:
         """Record the statistics at the end of an epoch."""
@@ -290,7 +319,7 @@ class AnchoredLoss(Hook):
         done = run.step - 1
         if not self._is_last(done):
             return
-        found = self.penalty.by_site(self.theta, self.sites)
+        found = self.ours.by_site(self.theta, self.sites)
         self.rows.append(
             {
                 "epoch": self.epoch(done),
