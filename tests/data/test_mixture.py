@@ -58,7 +58,8 @@ def test_each_pass_over_a_source_sees_every_item_once_before_any_again() -> None
 
 def test_real_text_alone_is_real_text_as_it_is() -> None:
     rows = [{"id": str(n), "text": "x" * n} for n in range(1, 9)]
-    told, said = mix({"real": rows, "other": rows}, {"real": 1.0, "other": 0.0}, len, epochs=4, tokens=None, seed=3)
+    shares = {"real": 1.0, "other": 0.0}
+    told, said = mix({"real": rows, "other": rows}, shares, lambda row: len(row["text"]), epochs=4, tokens=None, seed=3)
     assert [each["id"] for each in told] == [row["id"] for row in rows]
     assert said["sources"]["real"] == {
         "share": 1.0,

@@ -11,6 +11,8 @@ import json
 import lzma
 import os
 import zlib
+from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,9 +20,13 @@ from itertools import islice, repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from lamella.data.context import InputContext
+from lamella.data.lazy import Lazy
 from lamella.data.rows import Rows
 from lamella.data.sources import DOCUMENTED, built_in_documents, hub_rows
+from lamella.data.stored import at, stored
 from lamella.errors import CalibrationError
 from lamella.extras import require
 from lamella.reading import (
@@ -120,7 +126,7 @@ class Documents(Rows[Document]):
     def open(
         cls, name: str | Path, context: InputContext, *, column: str = "text", limit: int | None = None
     ) -> Documents:
-        """Read documents.
+        """Read documents; they may be larger than the memory.
 
         Args:
             name: a file, a folder of files, ``pydoc``, ``stdlib`` or a ``datasets`` name. Each row of a table is a
@@ -133,8 +139,7 @@ class Documents(Rows[Document]):
             CalibrationError: if the source does not exist, holds no document, or is truncated.
         """
         broken = Broken()
-        found = _with_unique_ids(_found(str(name), context, column, broken))
-        documents = list(found if limit is None else islice(found, limit))
+        documents = _stored(islice(_found(str(name), context, column, broken), limit))
         if not documents:
             why = f": {broken.examples[0]}" if broken.examples else ""
             raise CalibrationError(f"{name} holds no documents{why}; give rows with a field '{column}', or text files")
@@ -148,12 +153,12 @@ class Documents(Rows[Document]):
     def digest(self) -> str:
         """The SHA-256 of all ids and texts."""
         found = hashlib.sha256()
-        for each in self.items:
+        for each in self:
             found.update(json.dumps(each).encode())
         return found.hexdigest()
 
 
-def hold_out(documents: Sequence[Document], share: float, seed: int) -> tuple[list[Document], list[Document]]:
+def hold_out(documents: Sequence[Document], share: float, seed: int) -> tuple[Lazy[Document], Lazy[Document]]:
     """Split documents into a part to train on and a part to test on, both in their order, by a hash of the ids.
 
     Args:
@@ -165,10 +170,11 @@ def hold_out(documents: Sequence[Document], share: float, seed: int) -> tuple[li
         The documents to train on, and those that are held out.
     """
     count = min(max(1, round(share * len(documents))), len(documents) - 1) if share > 0 else 0
-    ranked = sorted(range(len(documents)), key=lambda n: seed_of("held out", seed, documents[n].id))
-    chosen = set(ranked[:count])
-    train = [each for n, each in enumerate(documents) if n not in chosen]
-    return train, [each for n, each in enumerate(documents) if n in chosen]
+    ranks = np.fromiter((seed_of("held out", seed, each.id) for each in documents), np.int64, len(documents))
+    chosen = np.zeros(len(documents), bool)
+    chosen[np.argsort(ranks, kind="stable")[:count]] = True
+    train, held_out = (at(documents, np.flatnonzero(mask).tolist()) for mask in (~chosen, chosen))
+    return train, held_out
 
 
 def seed_of(*parts: Any) -> int:
@@ -231,12 +237,31 @@ def _of_rows(
         yield Document(str(own) if isinstance(own, str | int) and str(own) else f"{name}:{number}", text)
 
 
-def _with_unique_ids(documents: Iterable[Document]) -> Iterator[Document]:
-    """Yield the documents, with a number appended to ids that occurred before."""
-    seen: dict[str, int] = {}
-    for each in documents:
-        again = seen[each.id] = seen.get(each.id, 0) + 1
-        yield each if again == 1 else Document(f"{each.id}#{again}", each.text)
+def _stored(documents: Iterable[Document]) -> Lazy[Document]:
+    """Store the documents; a number is appended to ids that occurred before."""
+    hashes = array("q")
+
+    def hashed() -> Iterator[Document]:
+        for each in documents:
+            hashes.append(hash(each.id))
+            yield each
+
+    rows = stored(hashed())
+    values, counts = np.unique(np.array(hashes), return_counts=True)
+    suspects = np.flatnonzero(np.isin(hashes, values[counts > 1])).tolist()
+    seen: Counter[str] = Counter()
+    renamed = {}
+    for number in suspects:
+        name, _ = rows[number]
+        seen[name] += 1
+        if seen[name] > 1:
+            renamed[number] = f"{name}#{seen[name]}"
+
+    def document(number: int) -> Document:
+        name, text = rows[number]
+        return Document(renamed.get(number, name), text)
+
+    return Lazy(range(len(rows)), document)
 
 
 def _lines(file: Path, broken: Broken) -> Iterator[tuple[int, Any]]:

@@ -37,6 +37,13 @@ class Lazy(Sequence[Item], Dataset[Item]):
             return Lazy(self.entries[index], self.decode)
         return self.decode(self.entries[index])
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence) or len(self) != len(other):
+            return False
+        return all(ours == theirs for ours, theirs in zip(self, other, strict=True))
+
+    __hash__ = None  # type: ignore[assignment]
+
 
 def batches(items: Sequence[Any] | Tensor, size: int, collate: Callable[[list[Any]], Any] = list) -> DataLoader[Any]:
     """Iterate over all items in their order, ``size`` at a time.

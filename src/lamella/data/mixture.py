@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import random
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
@@ -17,6 +18,7 @@ from typing import Annotated, Any, NamedTuple
 from annotated_types import Ge, Gt, Le, Lt
 
 from lamella.data.documents import seed_of
+from lamella.data.lazy import Lazy
 from lamella.data.writer import Writer
 from lamella.errors import MethodError
 from lamella.zoo import open_tokenizer
@@ -85,7 +87,7 @@ class Mixture:
         needed = max(sum(self.sizes[name]) / self.shares[name] for name in self.used)
         return min(math.ceil(needed), self.most())
 
-    def picks(self, tokens: int) -> list[Pick]:
+    def picks(self, tokens: int) -> Lazy[Pick]:
         """Return the items in their order, until ``tokens`` tokens are seen.
 
         Items are not split: the last one may exceed the number of tokens, or is left out if its source would exceed its
@@ -107,22 +109,24 @@ class Mixture:
         left = {name: self._items(name) for name in self.used}
         ahead = {name: next(left[name], None) for name in self.used}
         seen = dict.fromkeys(self.used, 0)
-        found = []
+        sources, numbers = array("Q"), array("Q")
         while sum(seen.values()) < tokens:
             name = min(self.used, key=lambda each: (seen[each] / self.shares[each], self.used.index(each)))
             number = ahead[name]
             if number is None:  # the rest of its last epoch is shorter than an item
                 break
-            found.append(Pick(name, number))
+            sources.append(self.used.index(name))
+            numbers.append(number)
             seen[name] += self.sizes[name][number]
             ahead[name] = next(left[name], None)
-        return found
+        names = self.used
+        return Lazy(range(len(numbers)), lambda n: Pick(names[sources[n]], numbers[n]))
 
     def _items(self, name: str) -> Iterator[int]:
         """Yield the items of a source epoch by epoch; a single source is not shuffled."""
         drawn = random.Random(seed_of(name, self.seed))
-        order, total = list(range(len(self.sizes[name]))), sum(self.sizes[name])
-        left = self.epochs * total
+        order = array("Q", range(len(self.sizes[name])))
+        left = self.epochs * sum(self.sizes[name])
         for _ in range(math.ceil(self.epochs)):
             if len(self.used) > 1:
                 drawn.shuffle(order)
@@ -158,18 +162,18 @@ class Mixture:
 def mix(
     sources: Mapping[str, Sequence[Mapping[str, Any]]],
     shares: Mapping[str, float],
-    count: Callable[[str], int],
+    count: Callable[[Mapping[str, Any]], int],
     *,
     epochs: float,
     tokens: int | None,
     seed: int,
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+) -> tuple[Sequence[dict[str, Any]], dict[str, Any]]:
     """Return rows of text in the order in which they are seen, and statistics of the mixture.
 
     Args:
         sources: rows with ``id`` and ``text``, by name.
         shares: the fraction of the tokens of each source among all tokens that are seen.
-        count: returns the number of tokens of a text.
+        count: returns the number of tokens of a row.
         epochs: maximum number of passes over one source.
         tokens: number of tokens that are seen; if None, each source is seen once, as far as ``epochs`` allows.
         seed: random seed of the order.
@@ -177,11 +181,16 @@ def mix(
     Raises:
         MethodError: if the sources cannot provide these shares or this number of tokens.
     """
-    sizes = {name: [count(row["text"]) for row in rows] for name, rows in sources.items()}
+    sizes = {name: array("Q", map(count, rows)) for name, rows in sources.items()}
     mixture = Mixture(sizes, shares, epochs, seed)
     picks = mixture.picks(mixture.once() if tokens is None else tokens)
-    rows = [{"text": sources[name][n]["text"], "id": sources[name][n]["id"], "source": name} for name, n in picks]
-    return rows, {"by": "tokens", "maximum epochs": epochs, "sources": mixture.account(picks)}
+
+    def row(number: int) -> dict[str, Any]:
+        name, place = picks[number]
+        found = sources[name][place]
+        return {"text": found["text"], "id": found["id"], "source": name}
+
+    return Lazy(range(len(picks)), row), {"by": "tokens", "maximum epochs": epochs, "sources": mixture.account(picks)}
 
 
 @dataclass(frozen=True)
@@ -207,7 +216,7 @@ class Blend:
 
     def mix(
         self, sources: Mapping[str, Sequence[Mapping[str, Any]]], writer: Writer, seed: int
-    ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    ) -> tuple[Sequence[dict[str, Any]], dict[str, Any]]:
         """Return rows of text in the order in which they are seen, and statistics of the mixture; see :func:`mix`.
 
         Args:
@@ -217,20 +226,23 @@ class Blend:
         """
         tokenizer = open_tokenizer(self.student) if self.student else writer.tokenizer
 
-        def count(text: str) -> int:
-            return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        def count(row: Mapping[str, Any]) -> int:
+            return len(tokenizer(row["text"], add_special_tokens=False, verbose=False)["input_ids"])
 
         return self.mix_counted(sources, count, seed)
 
     def mix_counted(
-        self, sources: Mapping[str, Sequence[Mapping[str, Any]]], count: Callable[[str], int], seed: int
-    ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        self,
+        sources: Mapping[str, Sequence[Mapping[str, Any]]],
+        count: Callable[[Mapping[str, Any]], int],
+        seed: int,
+    ) -> tuple[Sequence[dict[str, Any]], dict[str, Any]]:
         """Return the same with any count of tokens.
 
         Args:
             sources: rows with ``id`` and ``text``, by name. The first source is real text; the others, which are
                 generated, share their fraction evenly, except for those without rows.
-            count: returns the number of tokens of a text.
+            count: returns the number of tokens of a row.
             seed: random seed of the order.
         """
         real, *generated = sources

@@ -17,7 +17,9 @@ from typing import Any
 
 from lamella.data.decoding import Sampling
 from lamella.data.documents import Document
+from lamella.data.lazy import Lazy
 from lamella.data.rollout import rollout, seconds_of
+from lamella.data.stored import stored
 from lamella.data.writer import Writer
 from lamella.files import write
 from lamella.progress import tracker
@@ -68,8 +70,8 @@ def process_documents(
     read: Callable[[list[Row]], None],
     together: int,
     workers: Workers,
-) -> list[Row]:
-    """Turn documents into rows, in the order of the documents.
+) -> Lazy[Row]:
+    """Turn documents into rows, in the order of the documents; both may be larger than the memory.
 
     Args:
         documents: the documents.
@@ -82,11 +84,11 @@ def process_documents(
     task = _Task(ask, generation, read, generation.folder)
     count = len(range(0, len(documents), together))
     for number in range(count):
-        _put(task.documents(number), documents[number * together : (number + 1) * together])
+        _put(task.documents(number), list(documents[number * together : (number + 1) * together]))
     with tracker("tasks", count) as done, workers.pool(generation.folder / "tasks") as pool:
         for _ in pool.each(task, range(count)):
             done()
-    return [row for number in range(count) for row in _get(task.rows(number))]
+    return stored(row for number in range(count) for row in _get(task.rows(number)))
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,9 @@ def writing_cost(
         mixture: the training mixture, with the tokens of each of its ``sources``.
         seconds: generation time, summed over all workers.
     """
-    read, written = (sum(row[name] for row in rows) for name in ("n_read", "n_written"))
+    read = written = 0
+    for row in rows:
+        read, written = read + row["n_read"], written + row["n_written"]
     tokens = sum(row["n_out_tok"] for row in kept)
     seen = sum(each["tokens"] for each in mixture["sources"].values())
     flops, size = None, 0

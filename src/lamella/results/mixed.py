@@ -5,16 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lamella.data import Document, Documents
+from lamella.data import Document, Documents, Lazy
 from lamella.data.sources import MIXTURE
 from lamella.extras import require
 from lamella.results.corpus import Corpus, write_rows
 
 SPLITS = ("train", "test")
+BATCH = 4096  # rows of a .parquet file that are in memory at a time
 
 
 @dataclass(kw_only=True)
@@ -31,9 +32,9 @@ class MixedCorpus(Corpus):
         parquet: whether ``data.parquet`` is written too.
     """
 
-    items: list[dict[str, Any]]
-    train: list[dict[str, Any]] = field(default_factory=list)
-    test: list[dict[str, Any]] = field(default_factory=list)
+    items: Sequence[dict[str, Any]]
+    train: Sequence[dict[str, Any]] = ()
+    test: Sequence[dict[str, Any]] = ()
     parquet: bool = False
 
     kind: ClassVar[str] = "mixed"
@@ -41,10 +42,10 @@ class MixedCorpus(Corpus):
     @classmethod
     def of(
         cls,
-        rows: list[dict[str, Any]],
+        rows: Sequence[dict[str, Any]],
         documents: Documents,
         held_out: Sequence[Document],
-        train: list[dict[str, Any]],
+        train: Sequence[dict[str, Any]],
         mixture: dict[str, Any],
         *,
         parquet: bool,
@@ -64,13 +65,15 @@ class MixedCorpus(Corpus):
             findings: the method's own.
         """
         counts = {"given": len(documents), "held out": len(held_out), "unreadable": documents.broken.count}
-        digest = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+        digest = hashlib.sha256()
+        for row in rows:
+            digest.update(json.dumps(row, sort_keys=True).encode() + b"\n")
         return cls(
             items=rows,
             train=train,
-            test=[{"text": each.text, "id": each.id} for each in held_out],
+            test=Lazy(range(len(held_out)), lambda n: {"text": held_out[n].text, "id": held_out[n].id}),
             parquet=parquet,
-            findings={"documents": counts, **findings, "mixture": mixture, "corpus": digest},
+            findings={"documents": counts, **findings, "mixture": mixture, "corpus": digest.hexdigest()},
             notes=[*documents.broken.note(), *notes],
             files={MIXTURE: json.dumps(mixture, indent=2) + "\n"},
         )
@@ -86,4 +89,9 @@ class MixedCorpus(Corpus):
             write_rows(folder / f"{name}.jsonl", getattr(self, name))
         if self.parquet:
             arrow, parquet = (require(each, "data", "a .parquet file") for each in ("pyarrow", "pyarrow.parquet"))
-            parquet.write_table(arrow.Table.from_pylist(self.items), folder / "data.parquet")
+            batches = [range(start, min(start + BATCH, len(self.items))) for start in range(0, len(self.items), BATCH)]
+            schemas = [arrow.RecordBatch.from_pylist([self.items[n] for n in batch]).schema for batch in batches]
+            schema = arrow.unify_schemas(schemas, promote_options="permissive")  # a column may be empty in some batches
+            with parquet.ParquetWriter(folder / "data.parquet", schema) as file:
+                for batch in batches:
+                    file.write_batch(arrow.RecordBatch.from_pylist([self.items[n] for n in batch], schema))

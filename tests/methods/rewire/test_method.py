@@ -178,7 +178,7 @@ def test_sets_are_the_best_tenths_and_their_overlap_is_that_of_the_rows() -> Non
 
 def test_no_thinking_and_no_marker_is_anywhere_in_what_is_written(tmp_path: Path) -> None:
     found = rewired(work=Work(tmp_path))
-    text = json.dumps([found.items, found.train])
+    text = json.dumps([*found.items, *found.train])
     assert not ANY.search(text) and "I think about it" not in text
 
 

@@ -107,7 +107,7 @@ def test_a_trained_classifier_chooses_the_raw_documents(published: Path) -> None
         }
         for each in documents
     ]
-    select_best(rows, texts(BAD, 20, 7), QualityFilter(trained=str(published)), None, 0)
+    rows = select_best(rows, texts(BAD, 20, 7), QualityFilter(trained=str(published)), None, 0)
     assert [row["id"] for row in rows if row["in_raw"]] == ["d18", "d19"]
     assert not {"d18", "d19"} & {
         row["id"] for row in rows if row["in_syn"]

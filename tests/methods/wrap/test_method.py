@@ -150,7 +150,7 @@ def test_what_evaluation_sets_have_is_neither_rephrased_nor_trained_on(writer: L
     part = "Its second part is about the number 21. It has nothing to do with herons, and it is soon over."
     judged.write_text(part)
     found = wrapped(writer, evaluations=(str(judged),), held_out=0.0)
-    told = json.dumps([found.items, found.train])
+    told = json.dumps([*found.items, *found.train])
     assert part not in told and "Document 3 is about herons." in told
     assert found.findings["passages"]["of evaluations"] >= 1
     words = Evaluations([part], 13)
@@ -179,8 +179,8 @@ def test_short_questions_of_evaluation_sets_are_found_one_by_one(tmp_path: Path,
     options = SMALL | {"held_out": 0.0, "styles": ("medium",)}
     found = wrap(given, Echo(), evaluations=(str(judged),), **options)
     assert found.findings["passages"]["of evaluations"] == 1
-    assert "herons wait for fish" not in json.dumps([found.items, found.train]) and "number 0" in json.dumps(
-        found.train
+    assert "herons wait for fish" not in json.dumps([*found.items, *found.train]) and "number 0" in json.dumps(
+        list(found.train)
     )
     assert any("1 texts of the evaluation sets have fewer" in note for note in found.notes) == ("Why?" in content)
 

@@ -306,8 +306,8 @@ class AnchoredLoss(Hook):
         self.tasks.append(float(run.weigh(self.losses)))
         if self._is_last(run.step):
             norm = _norm(each.grad for each in self.theta.values() if each.grad is not None)
-            pull = _norm(self.ours.gradient(name, each) for name, each in self.theta.items())
-            self.ratio = self.strength * pull / norm if norm else 0.0
+            pulls = _norm(self.ours.gradient(name, each) for name, each in self.theta.items())
+            self.ratio = self.strength * pulls / norm if norm else 0.0
         if self.strength:
             for name, each in self.theta.items():
                 pull = self.strength * self.ours.gradient(name, each)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
+from itertools import islice, pairwise
 from statistics import fmean, median
 from typing import Any
 
 from lamella.data import seed_of
+from lamella.data.stored import column, first_of_each, where
 from lamella.measure import spearman
 from lamella.methods.rewire.guiding import FAILURES
 
@@ -17,13 +19,14 @@ Row = Mapping[str, Any]
 INVENTED, PARAPHRASED = 0.4, 0.8  # cosines below which a text is mostly new, above which mostly unchanged
 SHOWN = 6  # rewrites shown on the page
 COMPARED = 200  # rewrites whose lengths are plotted
+WORDS = 1_000_000  # maximum number of words whose bigrams are counted
 
 
 def of_rewrites(rows: Sequence[Row]) -> dict[str, Any]:
     """Count the rewrites and the reasons of failures, with lengths and similarities."""
-    done = [row for row in rows if row["drop_reason"] is None]
+    done = where(rows, lambda row: row["drop_reason"] is None)
     reasons = Counter(row["drop_reason"] for row in rows if row["drop_reason"] is not None)
-    cosines = [row["sim"] for row in done]
+    cosines = array("d", (row["sim"] for row in done))
     return {
         "requested": len(rows) - reasons["too long"],
         "parsed": len(done),
@@ -39,16 +42,15 @@ def of_rewrites(rows: Sequence[Row]) -> dict[str, Any]:
 
 def of_sets(rows: Sequence[Row]) -> dict[str, Any]:
     """Describe both sets: their sizes, the overlap of their documents, and the rank correlation of both scores."""
-    raw, synthetic = ([row for row in rows if row[name]] for name in ("in_raw", "in_syn"))
-    both = {row["id"] for row in raw} & {row["id"] for row in synthetic}
-    scored = [row for row in rows if row["syn_score"] is not None]
-    texts = {"raw": [row["source_text"] for row in raw], "synthetic": [row["text"] for row in synthetic]}
+    raw, synthetic = where(rows, lambda row: row["in_raw"]), where(rows, lambda row: row["in_syn"])
+    both = sum(row["in_raw"] for row in synthetic)
+    scored = where(rows, lambda row: row["syn_score"] is not None)
     return {
-        "raw": _lengths([row["n_src_tok"] for row in raw]),
-        "synthetic": _lengths([row["n_out_tok"] for row in synthetic]),
-        "overlap": len(both) / len(synthetic) if synthetic else None,
-        "spearman": spearman([row["raw_score"] for row in scored], [row["syn_score"] for row in scored]),
-        "bigrams": diversity(texts),
+        "raw": _lengths(array("Q", column(raw, "n_src_tok"))),
+        "synthetic": _lengths(array("Q", column(synthetic, "n_out_tok"))),
+        "overlap": both / len(synthetic) if synthetic else None,
+        "spearman": spearman(*(array("d", column(scored, name)) for name in ("raw_score", "syn_score"))),
+        "bigrams": diversity({"raw": column(raw, "source_text"), "synthetic": column(synthetic, "text")}),
     }
 
 
@@ -58,17 +60,26 @@ def _lengths(tokens: Sequence[int]) -> dict[str, Any]:
 
 
 def diversity(texts: Mapping[str, Iterable[str]]) -> dict[str, Any]:
-    """Count distinct word bigrams of each set, over the same number of words."""
-    words = {name: [word for text in each for word in re.findall(r"\w+", text.lower())] for name, each in texts.items()}
+    """Count distinct word bigrams of each set, over the same number of its first words, at most :data:`WORDS`."""
+    words = {
+        name: list(islice((word for text in each for word in re.findall(r"\w+", text.lower())), WORDS))
+        for name, each in texts.items()
+    }
     count = min(map(len, words.values()))
     return {"words": count} | {name: len(set(pairwise(each[:count]))) for name, each in words.items()}
 
 
 def samples(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Return some documents for the report: some of the best rewrites, some others, and one failure of each kind."""
-    shuffled = sorted(rows, key=lambda row: seed_of("shown", row["id"]))
-    first = {row["drop_reason"]: row for row in reversed(shuffled) if row["drop_reason"] is not None}
-    best = [row for row in shuffled if row["in_syn"]][: SHOWN // 2]
-    rest = [row for row in shuffled if row["drop_reason"] is None and not row["in_syn"]][: SHOWN // 2]
+    chosen = first_of_each(
+        rows,
+        key=lambda row: seed_of("shown", row["id"]),
+        group=lambda row: row["drop_reason"] or row["in_syn"],
+        most=lambda group: SHOWN // 2 if isinstance(group, bool) else 1,
+    )
     names = ("id", "source_text", "text", "sim", "raw_score", "syn_score", "in_raw", "in_syn", "drop_reason")
-    return [{name: row[name] for name in names} for row in [*best, *rest, *first.values()]]
+    return [
+        {name: row[name] for name in names}
+        for group in (True, False, "too long", *FAILURES)
+        for row in chosen.get(group, ())
+    ]

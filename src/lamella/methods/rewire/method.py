@@ -21,22 +21,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from annotated_types import Ge, Gt, Le
 
-from lamella.data import Blend, Document, Documents, Sampling, Writer, hold_out
+from lamella.data import Blend, Document, Documents, Lazy, Sampling, Writer, hold_out
 from lamella.data.steps import DocumentGeneration, process_documents
+from lamella.data.stored import at, column, where
 from lamella.errors import CalibrationError
 from lamella.evaluate import writing_cost
 from lamella.files import Work
 from lamella.measure import check_embedder
 from lamella.methods.rewire.accounts import of_rewrites, of_sets, samples
 from lamella.methods.rewire.guiding import Guide
-from lamella.methods.rewire.pool import PoolRules, pool_of
+from lamella.methods.rewire.pool import PoolRules, pool_of, texts_of
 from lamella.methods.rewire.quality import Kind, Positives, TrainedFastText, cross_fitted, top
 from lamella.methods.rewire.result import Rewritten, ScoredDocuments
 from lamella.methods.rewire.steps import AnswerParser, RewriteRequests
@@ -169,9 +170,9 @@ def rewire(
     generation = DocumentGeneration(rewriter, sampling, folder)
     requests = RewriteRequests(rewriter, guide, rewriting.longest, rewriting.answer, seed)
     parser = AnswerParser(rewriter, rewriting.embedder)
-    rows = process_documents(pool, requests, generation, parser, rewriting.together, workers)
+    written = process_documents(pool, requests, generation, parser, rewriting.together, workers)
 
-    select_best(rows, [each.text for each in positives], judging, rewriting.floor, seed)
+    rows = select_best(written, texts_of(positives), judging, rewriting.floor, seed)
     sets = sets_of(rows)
     train, mixture = blend.mix(sets, rewriter, seed)
     return MixedCorpus.of(
@@ -215,7 +216,7 @@ def score(
     Raises:
         CalibrationError: for a pool of fewer than two documents, no positives, or a model that cannot be used.
     """
-    ids, texts = [each.id for each in documents], [each.text for each in documents]
+    ids, texts = Lazy(range(len(documents)), lambda number: documents[number].id), texts_of(documents)
     if trained is not None:
         scores = TrainedFastText(trained, good_label)(texts)
     elif positives is None:
@@ -223,16 +224,18 @@ def score(
     elif len(documents) < 2:
         raise CalibrationError(f"{len(documents)} document: give at least 2, since each half is scored by the other")
     else:
-        scores = cross_fitted([each.text for each in positives], ids, texts, negatives, classifier, seed)
-    rows = [
-        {"id": each.id, "text": each.text, "score": round(value, 6)}
-        for each, value in zip(documents, scores.tolist(), strict=True)
-    ]
+        scores = cross_fitted(texts_of(positives), ids, texts, negatives, classifier, seed)
+
+    def row(number: int) -> dict[str, Any]:
+        return {"id": ids[number], "text": texts[number], "score": round(float(scores[number]), 6)}
+
     tenths = {
         f"{100 * fraction:.0f} %": float(np.quantile(scores, fraction)) for fraction in (0.1, 0.25, 0.5, 0.75, 0.9)
     }
     return ScoredDocuments(
-        items=rows, findings={"documents": len(rows), "scores": tenths}, notes=documents.broken.note()
+        items=Lazy(range(len(documents)), row),
+        findings={"documents": len(documents), "scores": tenths},
+        notes=documents.broken.note(),
     )
 
 
@@ -271,14 +274,12 @@ def select(
     """
     if len(rewritten) < 2:
         raise CalibrationError(f"{len(rewritten)} document: give at least 2, since each half is scored by the other")
-    rows = [dict(row) for row in rewritten]
-    select_best(rows, [each.text for each in positives], judging, floor, seed)
-    sizes = {row["source_text"]: row["n_src_tok"] for row in rows} | {row["text"]: row["n_out_tok"] for row in rows}
+    rows = select_best(rewritten, texts_of(positives), judging, floor, seed)
     sets, blend = sets_of(rows), Blend(synthetic=synthetic, epochs=epochs, tokens=tokens)
-    train, mixture = blend.mix_counted(sets, sizes.__getitem__, seed)
+    train, mixture = blend.mix_counted(sets, lambda row: row["n_out_tok"], seed)
     return MixedCorpus.of(
         rows,
-        Documents(Document(row["id"], row["source_text"]) for row in rows),
+        Documents(Lazy(range(len(rows)), lambda number: Document(rows[number]["id"], rows[number]["source_text"]))),
         rewritten.held_out,
         train,
         mixture,
@@ -290,25 +291,30 @@ def select(
     )
 
 
-def sets_of(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Return the documents of both sets, with ``id`` and ``text``.
+def sets_of(rows: Sequence[dict[str, Any]]) -> dict[str, Sequence[dict[str, Any]]]:
+    """Return the documents of both sets, with ``id``, ``text`` and its number of tokens, ``n_out_tok``.
 
     Args:
-        rows: one row per document, after :func:`select_best`.
+        rows: one row per document, from :func:`select_best`.
     """
-    raw = [{"id": row["id"], "text": row["source_text"]} for row in rows if row["in_raw"]]
-    return {RAW: raw, SYNTHETIC: [row for row in rows if row["in_syn"]]}
+    raw = where(rows, lambda row: row["in_raw"])
+
+    def source(number: int) -> dict[str, Any]:
+        row = raw[number]
+        return {"id": row["id"], "text": row["source_text"], "n_out_tok": row["n_src_tok"]}
+
+    return {RAW: Lazy(range(len(raw)), source), SYNTHETIC: where(rows, lambda row: row["in_syn"])}
 
 
-def notes(sets: dict[str, list[dict[str, Any]]]) -> list[str]:
+def notes(sets: Mapping[str, Sequence[dict[str, Any]]]) -> list[str]:
     """Return a sentence for the report if there is no synthetic text."""
     return [] if sets[SYNTHETIC] else ["No rewrite is kept, so the mixture is raw text only."]
 
 
 def select_best(
     rows: Sequence[dict[str, Any]], good: Sequence[str], judging: QualityFilter, floor: float | None, seed: int
-) -> None:
-    """Run steps 2 and 5, adding to the rows both scores and the set of each document.
+) -> Lazy[dict[str, Any]]:
+    """Run steps 2 and 5, and return the rows with both scores and the set of each document.
 
     The negatives of the first classifier are raw documents, unless it is given, those of the second one rewrites.
 
@@ -319,40 +325,35 @@ def select_best(
         floor: minimum similarity of a kept rewrite, or None.
         seed: random seed.
     """
-    for row in rows:
-        row |= {"raw_score": None, "syn_score": None, "in_raw": False, "in_syn": False}
-    _select(rows, "raw", "source_text", "n_src_tok", good, judging, judging.keep_raw, seed)
-    rewritten = [row for row in rows if row["drop_reason"] is None]
-    if len(rewritten) > 1:
-        _select(rewritten, "syn", "text", "n_out_tok", good, judging, judging.keep_syn, seed, floor)
-
-
-def _select(
-    rows: Sequence[dict[str, Any]],
-    which: str,
-    text: str,
-    tokens: str,
-    good: Sequence[str],
-    judging: QualityFilter,
-    fraction: float,
-    seed: int,
-    floor: float | None = None,
-) -> None:
-    ids, texts = [row["id"] for row in rows], [row[text] for row in rows]
-    trained = judging.open_trained() if which == "raw" else None
+    sources, trained = column(rows, "source_text"), judging.open_trained()
     if trained is not None:
-        scores = trained(texts)
+        raw = trained(sources)
     else:
-        scores = cross_fitted(good, ids, texts, judging.negatives, judging.classifier, seed)
-    for row, value in zip(rows, scores.tolist(), strict=True):
-        row[f"{which}_score"] = round(value, 6)
-    sizes = [row[tokens] if judging.by == "tokens" else 1 for row in rows]
-    eligible = [n for n, row in enumerate(rows) if floor is None or row["sim"] >= floor]
-    target = fraction * sum(sizes)
-    for index in top(
-        [rows[n][f"{which}_score"] for n in eligible], [ids[n] for n in eligible], [sizes[n] for n in eligible], target
-    ):
-        rows[eligible[index]][f"in_{which}"] = True
+        raw = cross_fitted(good, column(rows, "id"), sources, judging.negatives, judging.classifier, seed)
+    raw_scores = raw.round(6).tolist()
+    sizes = column(rows, "n_src_tok") if judging.by == "tokens" else [1] * len(rows)
+    in_raw = set(top(raw_scores, column(rows, "id"), sizes, judging.keep_raw * sum(sizes)))
+
+    kept = where(rows, lambda row: row["drop_reason"] is None)
+    synthetic, in_synthetic = dict[int, float](), set[int]()
+    if len(kept) > 1:
+        ids, texts = column(kept, "id"), column(kept, "text")
+        scores = cross_fitted(good, ids, texts, judging.negatives, judging.classifier, seed).round(6).tolist()
+        synthetic = dict(zip(kept.entries, scores, strict=True))
+        sizes = column(kept, "n_out_tok") if judging.by == "tokens" else [1] * len(kept)
+        eligible = [n for n, row in enumerate(kept) if floor is None or row["sim"] >= floor]
+        best = top(at(scores, eligible), at(ids, eligible), at(sizes, eligible), judging.keep_syn * sum(sizes))
+        in_synthetic = {kept.entries[eligible[index]] for index in best}
+
+    def row(number: int) -> dict[str, Any]:
+        return rows[number] | {
+            "raw_score": raw_scores[number],
+            "syn_score": synthetic.get(number),
+            "in_raw": number in in_raw,
+            "in_syn": number in in_synthetic,
+        }
+
+    return Lazy(range(len(rows)), row)
 
 
 def _describe(removed: dict[str, int]) -> str:

@@ -1,4 +1,4 @@
-"""Near-duplicates by datatrove's MinHash: its steps, one after the other, on texts in memory.
+"""Near-duplicates by datatrove's MinHash: its steps, one after the other, on any sequence of texts.
 
 Imported only if datatrove is installed. Its own tokenizer of English words needs spaCy; here words are runs of letters
 and digits.
@@ -58,7 +58,9 @@ def duplicate_indices(texts: Sequence[str], folder: Path) -> set[int]:
             MinhashDedupBuckets(signatures, buckets, config=config).run(None, bucket, config.num_buckets)
         with contextlib.redirect_stderr(io.StringIO()):  # it prints its own progress bar
             MinhashDedupCluster(buckets, removed, config).run(None)
-        kept = {int(piece.id) for piece in MinhashDedupFilter(removed).run(pieces())}
+        others = set(range(len(texts)))
+        for piece in MinhashDedupFilter(removed).run(pieces()):
+            others.remove(int(piece.id))
     finally:
         logger.enable("datatrove")
-    return set(range(len(texts))) - kept
+    return others

@@ -15,7 +15,8 @@ from typing import Annotated
 
 from annotated_types import Ge, Gt, Le
 
-from lamella.data import Document
+from lamella.data import Document, Lazy
+from lamella.data.stored import at
 from lamella.extras import require
 
 BULLETS, ELLIPSES = ("-", "*", "\u2022"), ("...", "\u2026")
@@ -74,7 +75,7 @@ def broken_rule(text: str, rules: PoolRules) -> str | None:
     return "repeated lines" if 1 - len(set(lines)) / len(lines) > rules.repeated else None
 
 
-def pool_of(documents: Sequence[Document], rules: PoolRules, folder: Path) -> tuple[list[Document], dict[str, int]]:
+def pool_of(documents: Sequence[Document], rules: PoolRules, folder: Path) -> tuple[Lazy[Document], dict[str, int]]:
     """Return the documents of the pool in their order, and the number of excluded documents by reason.
 
     Args:
@@ -83,13 +84,18 @@ def pool_of(documents: Sequence[Document], rules: PoolRules, folder: Path) -> tu
         folder: folder for MinHash signatures.
     """
     reasons = [broken_rule(each.text, rules) for each in documents]
-    kept = [each for each, why in zip(documents, reasons, strict=True) if why is None]
+    kept = at(documents, [number for number, why in enumerate(reasons) if why is None])
     counts = dict(Counter(why for why in reasons if why is not None))
     if rules.near_duplicates:
-        duplicates = near_duplicates([each.text for each in kept], folder)
+        duplicates = near_duplicates(texts_of(kept), folder)
         counts |= {"near-duplicates": len(duplicates)} if duplicates else {}
-        kept = [each for index, each in enumerate(kept) if index not in duplicates]
+        return at(kept, [number for number in range(len(kept)) if number not in duplicates]), counts
     return kept, counts
+
+
+def texts_of(documents: Sequence[Document]) -> Lazy[str]:
+    """Return the texts of documents, read on access."""
+    return Lazy(range(len(documents)), lambda number: documents[number].text)
 
 
 def near_duplicates(texts: Sequence[str], folder: Path) -> set[int]:

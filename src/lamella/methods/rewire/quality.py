@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Iterable, Sequence
+from heapq import nsmallest
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -16,11 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lamella.data import Documents, InputContext, seed_of
+from lamella.data.stored import at
 from lamella.errors import CalibrationError
 from lamella.extras import require
 
 Kind = Literal["hashed", "fasttext"]
 WORDS = 1000  # maximum number of words of a text
+TOGETHER = 1024  # texts that are scored together
 FEATURES = 2**18  # hash buckets of words and bigrams
 GOOD, OTHER = "__label__good", "__label__other"
 FASTTEXT = {"lr": 0.5, "epoch": 25, "dim": 64, "wordNgrams": 2, "minCount": 1, "thread": 1, "verbose": 0}
@@ -95,8 +98,9 @@ class Hashed:
         """Return P(good) of each text [n]."""
         if not texts:
             return np.zeros(0)
-        scores: NDArray[np.float64] = self.model.predict_proba(self.counts.transform(map(line_of, texts)))[:, 1]
-        return scores
+        parts = [texts[start : start + TOGETHER] for start in range(0, len(texts), TOGETHER)]
+        counts = (self.counts.transform(map(line_of, part)) for part in parts)
+        return np.concatenate([self.model.predict_proba(each)[:, 1] for each in counts])
 
 
 class FastText:
@@ -155,8 +159,9 @@ def probabilities(model: Any, lines: Iterable[str], label: str) -> NDArray[np.fl
         label: the label.
     """
     # the inner model, since the outer one uses an API that NumPy 2 removed in some packages
-    predictions = [{each: p for p, each in model.f.predict(f"{line}\n", -1, 0.0, "strict")} for line in lines]
-    return np.array([each.get(label, 0.0) for each in predictions]).clip(0, 1)  # fastText rounds to slightly above 1
+    predictions = ({each: p for p, each in model.f.predict(f"{line}\n", -1, 0.0, "strict")} for line in lines)
+    found = np.fromiter((each.get(label, 0.0) for each in predictions), np.float64)
+    return found.clip(0, 1)  # fastText rounds to slightly above 1
 
 
 def cross_fitted(
@@ -173,15 +178,15 @@ def cross_fitted(
         kind: kind of classifier.
         seed: random seed.
     """
-    half = np.array([seed_of("half", seed, each) % 2 for each in ids])
+    half = np.fromiter((seed_of("half", seed, each) % 2 for each in ids), int, len(ids))
     if len(set(half.tolist())) < 2:  # very few texts
         half = np.arange(len(ids)) % 2
     scores = np.zeros(len(texts))
     for which in (0, 1):
         inside, outside = (np.flatnonzero(each).tolist() for each in (half == which, half != which))
-        negatives = sorted(outside, key=lambda n: seed_of("negative", seed, ids[n]))[:most]
+        negatives = nsmallest(most, outside, key=lambda n: seed_of("negative", seed, ids[n]))
         quality = fit_quality(good[:most], [texts[n] for n in negatives], kind, seed)
-        scores[inside] = quality([texts[n] for n in inside])
+        scores[inside] = quality(at(texts, inside))
     return scores
 
 
@@ -196,12 +201,9 @@ def top(scores: Sequence[float], ids: Sequence[str], sizes: Sequence[int], targe
         sizes: 1 for each text to count documents, or their tokens.
         target: the size to reach.
     """
-    order = sorted(range(len(ids)), key=lambda n: (-scores[n], seed_of("tie", ids[n])))
-    selected: list[int] = []
-    reached = 0
-    for index in order:
-        if reached >= target - 1e-9:
-            break
-        selected.append(index)
-        reached += sizes[index]
-    return sorted(selected)
+    ties = np.fromiter((seed_of("tie", each) for each in ids), np.int64, len(ids))
+    order = np.lexsort((ties, -np.asarray(scores)))
+    reached = np.cumsum(np.asarray(sizes)[order])
+    count = 1 + np.searchsorted(reached, target - 1e-9) if target > 1e-9 else 0
+    selected: list[int] = np.sort(order[:count]).tolist()
+    return selected

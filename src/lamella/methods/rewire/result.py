@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lamella.data import Document, InputContext, Rows
+from lamella.data.stored import stored
 from lamella.errors import CalibrationError
 from lamella.reading import read_rows
-from lamella.results import Corpus, MixedCorpus
+from lamella.results import Corpus
+from lamella.results.corpus import FILE
 from lamella.signature import Fixture
 
 FIELDS = ("id", "source_text", "n_src_tok", "text", "n_out_tok", "drop_reason", "sim")  # that a selection needs
@@ -31,7 +33,7 @@ class ScoredDocuments(Corpus):
         items: rows with id, text and score.
     """
 
-    items: list[dict[str, Any]]
+    items: Sequence[dict[str, Any]]
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Yield the rows."""
@@ -72,14 +74,18 @@ class Rewritten(Rows[dict[str, Any]]):
         folder = path if path.is_dir() else path.parent
         if not path.exists() or not (folder / "data.jsonl").is_file():
             raise CalibrationError(f"{name} holds no data.jsonl: give the folder that `lamella run rewire` has written")
-        rows = MixedCorpus.read(path)
-        for number, row in enumerate(rows, start=1):
-            missing = [field for field in FIELDS if field not in row]
-            if missing:
-                raise CalibrationError(
-                    f"{name}: row {number} has no '{missing[0]}': give the folder that `lamella run rewire` has written"
-                )
+        rows = stored(_checked(row, number, name) for number, row in read_rows(folder / FILE))
         found = cls(rows, metadata={"data": str(name), "documents": len(rows)})
         test = folder / "test.jsonl"
         found.held_out = [Document(row["id"], row["text"]) for _, row in read_rows(test)] if test.is_file() else []
         return found
+
+
+def _checked(row: dict[str, Any], number: int, name: str | Path) -> dict[str, Any]:
+    """Return a row that has all fields."""
+    missing = [field for field in FIELDS if field not in row]
+    if missing:
+        raise CalibrationError(
+            f"{name}: row {number} has no '{missing[0]}': give the folder that `lamella run rewire` has written"
+        )
+    return row

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import groupby, islice
 from statistics import fmean
 from typing import Any
 
 from lamella.data import Document, seed_of
+from lamella.data.stored import first_of_each, where
 from lamella.measure import Embedder, similarities
 from lamella.methods.wrap.cleaning import REASONS
 
@@ -24,13 +26,17 @@ def passage_counts(rows: Sequence[Row], skipped: Sequence[Row]) -> dict[str, int
         skipped: the rows of skipped passages.
     """
     reasons = Counter(row["skipped"] for row in skipped)
-    rephrased = {(row["id"], row["chunk_idx"]) for row in rows}
-    return {"rephrased": len(rephrased), "too short": reasons["short"], "of evaluations": reasons["evaluation"]}
+    rephrased = groupby(rows, lambda row: (row["id"], row["chunk_idx"]))  # the styles of a passage are adjacent
+    return {
+        "rephrased": sum(1 for _ in rephrased),
+        "too short": reasons["short"],
+        "of evaluations": reasons["evaluation"],
+    }
 
 
 def style_statistics(rows: Sequence[Row]) -> dict[str, Any]:
     """Count the generated, kept and dropped rows of one style by reason, with the lengths of kept ones."""
-    kept = [row for row in rows if row["kept"]]
+    kept = where(rows, lambda row: row["kept"])
     reasons = Counter(row["drop_reason"] for row in rows if not row["kept"])
     return {
         "generated": len(rows),
@@ -50,7 +56,7 @@ def similarity_statistics(rows: Sequence[Row], documents: Sequence[Document], em
         documents: the documents.
         embedder: the embedder.
     """
-    kept = [row for row in rows if row["kept"]][:MAX_COMPARED]
+    kept = list(islice((row for row in rows if row["kept"]), MAX_COMPARED))
     texts = [(each.text, len(each.text) // 2) for each in documents[:MAX_COMPARED]]
     halves = similarities(embedder, [text[:half] for text, half in texts], [text[half:] for text, half in texts])
     fixed = {"halves": float(halves.mean()) if len(halves) else None, "embedder": embedder}
@@ -65,11 +71,11 @@ def similarity_statistics(rows: Sequence[Row], documents: Sequence[Document], em
 
 def samples(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Return some rows to inspect: kept ones, and one dropped row for each reason."""
-    shuffled = sorted(rows, key=lambda row: seed_of("shown", row["id"], row["chunk_idx"], row["style"]))
-    first = {row["drop_reason"]: row for row in reversed(shuffled) if not row["kept"]}
-    chosen = [row for row in shuffled if row["kept"]][:MAX_SHOWN] + [
-        first[reason] for reason in REASONS if reason in first
-    ]
-    return [
-        {name: row[name] for name in ("id", "style", "source_text", "text", "sim", "drop_reason")} for row in chosen
-    ]
+    chosen = first_of_each(
+        rows,
+        key=lambda row: seed_of("shown", row["id"], row["chunk_idx"], row["style"]),
+        group=lambda row: row["drop_reason"],
+        most=lambda reason: MAX_SHOWN if reason is None else 1,
+    )
+    names = ("id", "style", "source_text", "text", "sim", "drop_reason")
+    return [{name: row[name] for name in names} for reason in (None, *REASONS) for row in chosen.get(reason, ())]

@@ -23,15 +23,17 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 from annotated_types import Ge, MinLen
 
-from lamella.data import Blend, Document, Documents, Sampling, Writer, hold_out, load_text
+from lamella.data import Blend, Document, Documents, Lazy, Sampling, Writer, hold_out, load_text
 from lamella.data.steps import DocumentGeneration, process_documents
+from lamella.data.stored import where
 from lamella.errors import MethodError
 from lamella.evaluate import writing_cost
 from lamella.files import Work
@@ -129,12 +131,13 @@ def wrap(
     clean = CleanRephrases(rephraser, chosen, filters, evaluation_texts)
     results = process_documents(training, requests, generation, clean, cutting.together, workers)
 
-    rows = [row for row in results if "style" in row]
-    skipped = [row for row in results if "skipped" in row]
-    kept = [row for row in rows if row["kept"]]
-    by_style = {style.name: [row for row in kept if row["style"] == style.name] for style in chosen}
+    rows = where(results, lambda row: "style" in row)
+    skipped = where(results, lambda row: "skipped" in row)
+    kept = where(rows, lambda row: row["kept"])
+    of_style = {style.name: where(rows, partial(_is_of, style.name)) for style in chosen}
+    by_style = {name: where(each, lambda row: row["kept"]) for name, each in of_style.items()}
     real = real_rows(training, skipped, rephraser, cutting)
-    train, mixture = blend.mix({REAL: real} | by_style, rephraser, seed)
+    train, mixture = blend.mix({REAL: real, **by_style}, rephraser, seed)
     notes = [f"No rephrase of style {name} was kept." for name, each in by_style.items() if not each]
     if evaluation_texts.short:
         notes.append(
@@ -149,11 +152,15 @@ def wrap(
         parquet=blend.parquet,
         notes=notes,
         passages=passage_counts(rows, skipped),
-        styles={style.name: style_statistics([row for row in rows if row["style"] == style.name]) for style in chosen},
+        styles={name: style_statistics(each) for name, each in of_style.items()},
         similarity=similarity_statistics(rows, training, filters.embedder),
         cost=writing_cost(rephraser, blend.student, rows, kept, mixture, generation.seconds),
         samples=samples(rows),
     )
+
+
+def _is_of(style: str, row: Mapping[str, Any]) -> bool:
+    return row["style"] == style
 
 
 def _check(cutting: PassageSettings) -> None:
@@ -174,7 +181,7 @@ def _texts(name: str) -> Sequence[str]:
 
 def real_rows(
     documents: Sequence[Document], skipped: Sequence[dict[str, Any]], writer: Writer, cutting: PassageSettings
-) -> list[dict[str, Any]]:
+) -> Sequence[dict[str, Any]]:
     """Return the original documents, without passages that overlap with evaluation sets.
 
     Args:
@@ -187,9 +194,11 @@ def real_rows(
     for row in skipped:
         if row["skipped"] == "evaluation":
             removed.setdefault(row["id"], set()).add(row["chunk_idx"])
-    rows = []
-    for each in documents:
+
+    def rest(number: int) -> dict[str, Any]:
+        each = documents[number]
         parts = passages(each.text, writer.count, cutting.longest) if each.id in removed else [each.text]
         text = "".join(part for index, part in enumerate(parts) if index not in removed.get(each.id, ()))
-        rows += [{"id": each.id, "text": text}] if text.strip() else []
-    return rows
+        return {"id": each.id, "text": text}
+
+    return where(Lazy(range(len(documents)), rest), lambda row: bool(row["text"].strip()))
