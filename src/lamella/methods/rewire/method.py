@@ -160,7 +160,7 @@ def rewire(
     }  # fmt: skip
     folder = work.directory(hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:12])
 
-    pool, removed = pool_of(training, rules, folder / "minhash")
+    pool, removed = pool_of(training, rules, folder / "minhash", workers)
     if len(pool) < 2:
         raise CalibrationError(
             f"{len(pool)} of {len(training)} documents are in the pool ({_describe(removed)}): give more documents, "

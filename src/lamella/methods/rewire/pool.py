@@ -18,6 +18,7 @@ from annotated_types import Ge, Gt, Le
 from lamella.data import Document, Lazy
 from lamella.data.stored import at
 from lamella.extras import require
+from lamella.workers import Workers
 
 BULLETS, ELLIPSES = ("-", "*", "\u2022"), ("...", "\u2026")
 
@@ -75,19 +76,22 @@ def broken_rule(text: str, rules: PoolRules) -> str | None:
     return "repeated lines" if 1 - len(set(lines)) / len(lines) > rules.repeated else None
 
 
-def pool_of(documents: Sequence[Document], rules: PoolRules, folder: Path) -> tuple[Lazy[Document], dict[str, int]]:
+def pool_of(
+    documents: Sequence[Document], rules: PoolRules, folder: Path, workers: Workers
+) -> tuple[Lazy[Document], dict[str, int]]:
     """Return the documents of the pool in their order, and the number of excluded documents by reason.
 
     Args:
         documents: the documents.
         rules: the rules.
         folder: folder for MinHash signatures.
+        workers: where the signatures are computed.
     """
     reasons = [broken_rule(each.text, rules) for each in documents]
     kept = at(documents, [number for number, why in enumerate(reasons) if why is None])
     counts = dict(Counter(why for why in reasons if why is not None))
     if rules.near_duplicates:
-        duplicates = near_duplicates(texts_of(kept), folder)
+        duplicates = near_duplicates(texts_of(kept), folder, workers)
         counts |= {"near-duplicates": len(duplicates)} if duplicates else {}
         return at(kept, [number for number in range(len(kept)) if number not in duplicates]), counts
     return kept, counts
@@ -98,17 +102,18 @@ def texts_of(documents: Sequence[Document]) -> Lazy[str]:
     return Lazy(range(len(documents)), lambda number: documents[number].text)
 
 
-def near_duplicates(texts: Sequence[str], folder: Path) -> set[int]:
+def near_duplicates(texts: Sequence[str], folder: Path, workers: Workers = Workers()) -> set[int]:  # noqa: B008, frozen
     """Return the indices of near-duplicates to remove; one text of each group is kept.
 
     Args:
         texts: the texts.
         folder: folder for signatures; existing content is replaced.
+        workers: where the signatures are computed.
     """
     require("datatrove", "rewrite", "the search for near-duplicates")
     from lamella.methods.rewire.minhash import duplicate_indices
 
-    return duplicate_indices(texts, folder)
+    return duplicate_indices(texts, folder, workers)
 
 
 def words_of(text: str) -> list[str]:
