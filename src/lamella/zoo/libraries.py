@@ -10,15 +10,18 @@ import difflib
 import inspect
 import re
 from collections.abc import Callable, Collection
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from accelerate import init_empty_weights
 from safetensors.torch import load_file
 from torch import nn
 
 from lamella.errors import ArchitectureError, CheckpointError, MethodError, reason_of
 from lamella.extras import require
+from lamella.needs import current_recorder
 from lamella.plan.checkpoint import SINGLE, read_header, read_json
 from lamella.plan.filling import at_most, fill, load_network
 from lamella.zoo.configs import CONFIG
@@ -63,7 +66,10 @@ def build_named(model: LibraryName) -> nn.Module:
         LamellaError: if the library is not installed.
     """
     build = {"timm": _timm_builder, "torchvision": _torchvision_builder}[model.library](model.name)
-    return build().eval() if model.weights is None else load_network(build, model.weights)
+    if model.weights is not None:
+        return load_network(build, model.weights)
+    with nullcontext() if current_recorder() is None else init_empty_weights():
+        return build().eval()
 
 
 def _timm_builder(name: str) -> Callable[[], nn.Module]:

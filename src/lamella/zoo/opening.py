@@ -49,7 +49,7 @@ from lamella.zoo.cache import cache_folder
 from lamella.zoo.configs import CONFIG, native_metadata, open_config, register_class
 from lamella.zoo.configs import load_from as _load
 from lamella.zoo.libraries import LibraryName, build_named, open_timm, parse_name
-from lamella.zoo.pipelines import INDEX, Pipeline, is_pipeline, open_network
+from lamella.zoo.pipelines import INDEX, Pipeline, is_pipeline, open_network, torch_dtype
 from lamella.zoo.published import is_published, open_processing, open_tokens, open_weights
 from lamella.zoo.pull import ZOO, resolve
 from lamella.zoo.quantised import dequantisation_options, mark_dequantised
@@ -299,13 +299,13 @@ def _from_library(
     if isinstance(place, LibraryName) or library_in(place) == "timm":
         with tracker(f"opening {name}"):
             module = build_named(place) if isinstance(place, LibraryName) else open_timm(place)
-        module = module if dtype in (None, "auto") else module.to(getattr(torch, str(dtype).removeprefix("torch.")))
+        module = module if dtype in (None, "auto") else module.to(torch_dtype(dtype))
         return Model(module.to(device), place if isinstance(place, Path) else None, name)
     dtype = dtype or ("float32" if device == "cpu" else "auto")
     if is_pipeline(place):
         return Pipeline(path=place, device=device, dtype=dtype)
     with tracker(f"opening {name}"):
-        return Model(open_network(place, classes, dtype).to(device), place)
+        return Model(open_network(place, classes, dtype, device), place)
 
 
 def _proved(opened: Model, again: bool) -> Model:

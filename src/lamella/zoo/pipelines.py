@@ -20,6 +20,7 @@ from torch import nn
 
 from lamella.errors import CheckpointError, LamellaError, reason_of
 from lamella.extras import require
+from lamella.needs import current_recorder, without_values
 from lamella.plan.checkpoint import read_header, read_json
 from lamella.plan.filling import at_most, check_tensors, fill, load_network, pretrained
 from lamella.stack import BLOCK_TABLES, Model
@@ -124,7 +125,11 @@ class Pipeline(Model):
             CheckpointError: for a part that is missing, damaged, or of an unsupported class.
         """
         if name not in self._parts:
-            self._parts[name] = self._open(name, classes)
+            found, recorder = self._open(name, classes), current_recorder()
+            if isinstance(found, nn.Module) and recorder is not None:
+                found = without_values(found)
+                recorder.open(found)
+            self._parts[name] = found
         found = self._parts[name]
         if classes and type(found).__name__ not in classes:
             raise CheckpointError(f"{self.name}: its {name} is not {' or '.join(classes)}: give another pipeline")
@@ -142,16 +147,20 @@ class Pipeline(Model):
         library, kind = entry
         diffusers = require("diffusers", "vision", "opening a pipeline")
         if library == CUT_MODULE and name in NETWORKS:
-            return open_network(folder, classes, self._dtype).to(self._device)
+            return open_network(folder, classes, self._dtype, self._device)
         home = {"diffusers": diffusers, "transformers": transformers}.get(library)
         home = home or (getattr(diffusers.pipelines, library, None) if library.isidentifier() else None)
         made = _class_of(home, kind)
         if made is not None and issubclass(made, diffusers.ModelMixin):
-            return open_network(folder, classes, self._dtype, kind=made).to(self._device)
+            return open_network(folder, classes, self._dtype, self._device, kind=made)
         if made is not None and issubclass(made, transformers.PreTrainedModel):
             if classes and kind not in classes:
                 raise CheckpointError(f"{folder}: '{kind}' is not {' or '.join(classes)}: {FIX}")
-            how = {"use_safetensors": True, "trust_remote_code": False, "config": open_config(folder)}
+            config = open_config(folder)
+            if current_recorder() is not None:
+                with init_empty_weights():
+                    return made._from_config(config, dtype=self._dtype).eval()
+            how = {"use_safetensors": True, "trust_remote_code": False, "config": config}
             part = pretrained(made, folder, local_files_only=True, dtype=self._dtype, **how)
             return part.eval().to(self._device)
         plain = (diffusers.SchedulerMixin, *(getattr(transformers, each) for each in PROCESSORS))
@@ -162,14 +171,20 @@ class Pipeline(Model):
 
 
 def open_network(
-    folder: Path, classes: Sequence[str] = (), dtype: torch.dtype | str = "auto", *, kind: Any = None
+    folder: Path,
+    classes: Sequence[str] = (),
+    dtype: torch.dtype | str = "auto",
+    device: str = "cpu",
+    *,
+    kind: Any = None,
 ) -> Any:
-    """Return the diffusers network in a folder, in evaluation mode.
+    """Return the diffusers network in a folder, in evaluation mode; on the meta device while needs are recorded.
 
     Args:
         folder: with a ``config.json`` and safetensors.
         classes: names of the allowed classes; any by default.
         dtype: of the weights; ``auto`` as they are stored.
+        device: the device.
         kind: the class, if it is not read from the config.
 
     Raises:
@@ -188,7 +203,7 @@ def open_network(
         raise CheckpointError(f"{folder}: its weights are quantised: give the folder of the original model")
     try:
         if DROPPED in config:
-            return _restored(folder)
+            return _restored(folder).to(device)
         files = _files(folder)
         shapes = {each.name: each.shape for file in files for each in read_header(file)}
         _check_numbers(config, folder / CONFIG)
@@ -197,18 +212,26 @@ def open_network(
         check_tensors(empty, _renamed(empty, shapes), folder)
         with init_empty_weights():  # buffers are computed, not stored
             network = kind.from_config(config)
+        if current_recorder() is not None:
+            return (network if dtype == "auto" else network.to(torch_dtype(dtype))).eval()
         weights = _renamed(network, {name: each for file in files for name, each in load_file(file).items()})
         wide = set(getattr(network, "_keep_in_fp32_modules", None) or ())
         for name, each in weights.items():
             if each.is_floating_point() and wide & set(name.split(".")):
                 weights[name] = each.float()
             elif each.is_floating_point() and dtype != "auto":
-                weights[name] = each.to(getattr(torch, str(dtype).removeprefix("torch.")))
-        return fill(network, weights, folder).eval()
+                weights[name] = each.to(torch_dtype(dtype))
+        return fill(network, weights, folder).eval().to(device)
     except LamellaError:
         raise
     except Exception as error:  # damaged files can cause errors of any type
         raise CheckpointError(f"{folder}: cannot be opened: {reason_of(error)}: {FIX}") from None
+
+
+def torch_dtype(name: torch.dtype | str) -> torch.dtype:
+    """Return a dtype by its name."""
+    found: torch.dtype = getattr(torch, str(name).removeprefix("torch."))
+    return found
 
 
 def _renamed(network: Any, tensors: dict[str, Any]) -> dict[str, Any]:

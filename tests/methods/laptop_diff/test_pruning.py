@@ -37,6 +37,7 @@ from lamella.methods.laptop_diff import (
     taylor,
 )
 from lamella.plan import ModelReference, Plan
+from lamella.runner import needs_of
 from lamella.runtime import apply
 from lamella.stack import Blocks
 
@@ -330,3 +331,12 @@ def test_a_block_without_which_numbers_are_none_is_named() -> None:
     broken.network.up_blocks[1].resnets[2].conv_shortcut.weight.data[:] = float("nan")
     with pytest.raises(NumericsError, match="output is not finite"):
         measure_blocks(broken, tuples("untrained"), bins=1, batch=6, work=Work())
+
+
+def test_a_pipeline_is_estimated_without_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    MADE["text"]().save_pretrained(tmp_path / "pipeline")
+    size = sum(each.numel() for each in MADE["text"]().unet.parameters())
+    for name in ("load_file", "pretrained"):
+        monkeypatch.setattr(f"lamella.zoo.pipelines.{name}", lambda *_, **__: pytest.fail("weights are loaded"))
+    needs = needs_of("laptop-diff", tmp_path / "pipeline", images="digits", count=12, tuples=6)
+    assert needs.weights >= 4 * size and needs.peak > needs.weights and needs.seconds > 0

@@ -72,7 +72,14 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows += [f"__label__cc {text.upper()}" for text in texts(GOOD, 60, 2)]
     (folder / "lines.txt").write_text("\n".join(rows) + "\n")
     model = fasttext.train_supervised(
-        input=str(folder / "lines.txt"), lr=0.1, epoch=25, dim=8, wordNgrams=2, minCount=1, bucket=1_100_000, thread=1,
+        input=str(folder / "lines.txt"),
+        lr=0.1,
+        epoch=25,
+        dim=8,
+        wordNgrams=2,
+        minCount=1,
+        bucket=1_100_000,
+        thread=1,
         verbose=0,
     )  # fmt: skip; with one thread, fastText leaves most vectors as they are allocated: 0, if they take over 32 MB
     model.save_model(str(folder / "model.bin"))
