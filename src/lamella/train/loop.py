@@ -206,6 +206,6 @@ class Loop(Trainer):
         """
         tensors = load_file(checkpoint / TENSORS)
         if tensors.keys() != self.state_tensors.keys():
-            raise TrainingError(f"{checkpoint} contains other tensors than this run changes: remove it to start anew")
+            raise TrainingError(f"{checkpoint} contains other tensors than this run changes: remove it and train again")
         for name, tensor in tensors.items():
             self.put(name, tensor)
