@@ -24,7 +24,7 @@ from lamella.errors import LamellaError, NumericsError
 from lamella.files import write
 from lamella.methods.skr.gcrodr import Apply, Solve
 from lamella.methods.skr.preconditioners import Factory, make
-from lamella.methods.skr.rows import RowFile
+from lamella.methods.skr.rows import MatrixFile
 from lamella.methods.skr.systems import LinearSystems, System
 from lamella.progress import tracker
 from lamella.workers import Pool, SerialPool
@@ -111,9 +111,9 @@ class ChunkSolution:
     solved: list[SystemRecord]
     state: dict[str, Any]
 
-    def rows(self) -> Array | RowFile:
+    def rows(self) -> Array | MatrixFile:
         """Return the solutions [members, n], in memory or in their file."""
-        return RowFile(self.x) if isinstance(self.x, Path) else self.x
+        return MatrixFile(self.x) if isinstance(self.x, Path) else self.x
 
 
 def cut(sequence: Index, parts: int) -> list[Index]:
@@ -146,7 +146,7 @@ def solve_chunk(chunk: Chunk, report: Callable[[], None] = lambda: None) -> Chun
         journal.add(x, solved, system, solver)
         report()
     found = journal.x
-    return ChunkSolution(found.file if isinstance(found, RowFile) else found, journal.solved, solver.state())
+    return ChunkSolution(found.file if isinstance(found, MatrixFile) else found, journal.solved, solver.state())
 
 
 def _solve(solver: Solver, system: System, index: int, preconditioner: str | Factory) -> tuple[Array, SystemRecord]:
@@ -186,12 +186,12 @@ class _Journal:
         self.solved: list[SystemRecord] = []
         shape = (len(chunk.members), chunk.systems.n)
         if chunk.folder is None:
-            self.x: Array | RowFile = np.empty(shape)
+            self.x: Array | MatrixFile = np.empty(shape)
             return
         number = f"{chunk.number:03}"
         self.lines, self.state_file = chunk.folder / f"solved-{number}.jsonl", chunk.folder / f"state-{number}.npz"
         rows = chunk.folder / f"x-{number}.npy"
-        self.x = RowFile(rows, None if rows.exists() and self.state_file.exists() else shape)
+        self.x = MatrixFile(rows, None if rows.exists() and self.state_file.exists() else shape)
 
     def resume(self) -> dict[str, Any] | None:
         """Read the results of an interrupted run, and return its solver's state; None if there are none."""
@@ -223,7 +223,7 @@ class _Journal:
         """Append a solution and its figures, and save the solver's state."""
         self.x[len(self.solved)] = x
         self.solved.append(solved)
-        if not isinstance(self.x, RowFile):
+        if not isinstance(self.x, MatrixFile):
             return
         self.x.sync()
         with self.lines.open("a", encoding="utf-8") as file:

@@ -30,7 +30,7 @@ from lamella.methods.skr.gcrodr import Apply, Solve, gcrodr
 from lamella.methods.skr.harm import Harm
 from lamella.methods.skr.preconditioners import Factory, check
 from lamella.methods.skr.result import Solutions
-from lamella.methods.skr.rows import RowFile
+from lamella.methods.skr.rows import MatrixFile
 from lamella.methods.skr.solvers import Outer
 from lamella.methods.skr.sorting import Order, arrange
 from lamella.methods.skr.systems import LinearSystems, System
@@ -146,7 +146,7 @@ def _collect(
     solved = [each for chunk in finished for each in chunk.solved]
     bases = tuple(chunk.state.get("U", np.empty((systems.n, 0))) for chunk in finished)
     return Solutions(
-        x=np.load(x.file, mmap_mode="r+") if isinstance(x, RowFile) else x,
+        x=np.load(x.file, mmap_mode="r+") if isinstance(x, MatrixFile) else x,
         parameters=systems.parameters,
         sequence=sequence,
         solved=solved,
@@ -185,10 +185,10 @@ class Recycling:
         self.U = state.get("U")
 
 
-def _on_disk(file: Path, shape: tuple[int, int]) -> RowFile:
+def _on_disk(file: Path, shape: tuple[int, int]) -> MatrixFile:
     """Return an array in a new file; an earlier result keeps the file that it had."""
     file.unlink(missing_ok=True)
-    return RowFile(file, shape)
+    return MatrixFile(file, shape)
 
 
 def _solver(backend: Backend, preconditioner: str | Factory, recycle: Recycle, **settings: Any) -> Any:

@@ -63,7 +63,7 @@ def tiles(rows: Rows) -> list[slice]:
     return [slice(first, first + step) for first in range(0, len(rows), step)]
 
 
-class RowFile:
+class MatrixFile:
     """A matrix [N, n] in a .npy file, of which one row at a time is in memory.
 
     Args:
