@@ -65,16 +65,46 @@ class Encoded(Sequence[Row]):
         Raises:
             ExportError: if a file cannot be written.
         """
-        found = cls(work.directory(name), len(items), size)
-        digest = hashlib.sha256(json.dumps([depends, len(items), size]).encode()).hexdigest()
-        files = [found.file(number) for number in range(-(-len(items) // size))]
-        done = next((number for number, file in enumerate(files) if not _is_of(file, digest)), len(files))
-        rest = files[done:]
-        if rest:
-            encodings = batches(items[done * size :], size, encode)
-            for file, rows in zip(rest, track(encodings, f"encoding {name}", len(rest)), strict=True):
-                _write(file, rows, digest)
-        return found
+
+        def write(some: list[Any], keep: Callable[[str, Mapping[str, Tensor]], None]) -> None:
+            keep("", encode(some))
+
+        return _encode(cls, items, write, [""], work, name, depends, size)[""]
+
+    @classmethod
+    def columns(
+        cls,
+        items: Sequence[Any],
+        encode: Callable[[list[Any], Callable[[str, Tensor], None]], None],
+        names: Sequence[str],
+        work: Work,
+        name: str,
+        depends: Any,
+        size: int = BATCH,
+    ) -> dict[str, Lazy[Tensor]]:
+        """Encode the items as several tensors, each of which is written as soon as it is computed; see :meth:`of`.
+
+        Args:
+            items: the items; they are read in batches and in order.
+            encode: passes each named tensor of a batch, with one row per item, to a function that writes it.
+            names: names of the tensors.
+            work: where the files are kept.
+            name: name of the folder of the files in ``work``.
+            depends: JSON values on which the encodings depend.
+            size: items in a batch.
+
+        Returns:
+            Each tensor's rows for all items, by name.
+
+        Raises:
+            ExportError: if a file cannot be written.
+        """
+
+        def write(some: list[Any], keep: Callable[[str, Mapping[str, Tensor]], None]) -> None:
+            encode(some, lambda column, rows: keep(column, {column: rows}))
+
+        found = _encode(cls, items, write, names, work, name, depends, size)
+        return {column: each.column(column) for column, each in found.items()}
 
     def file(self, number: int) -> Path:
         """Return the file of a batch.
@@ -107,6 +137,35 @@ class Encoded(Sequence[Row]):
         number, row = divmod(row, self.size)
         with safe_open(self.file(number), "pt") as file:
             return _row(file, name, row)
+
+
+def _encode(
+    kind: type[Encoded],
+    items: Sequence[Any],
+    write: Callable[[list[Any], Callable[[str, Mapping[str, Tensor]], None]], None],
+    folders: Sequence[str],
+    work: Work,
+    name: str,
+    depends: Any,
+    size: int,
+) -> dict[str, Encoded]:
+    """Write the files of each batch that are not there yet, into one or several folders."""
+    found = {folder: kind(work.directory(f"{name}/{folder}"), len(items), size) for folder in folders}
+    digest = hashlib.sha256(json.dumps([depends, len(items), size]).encode()).hexdigest()
+    count = -(-len(items) // size)
+
+    def keep(number: int, folder: str, rows: Mapping[str, Tensor]) -> None:
+        _write(found[folder].file(number), rows, digest)
+
+    def is_done(number: int) -> bool:
+        return all(_is_of(each.file(number), digest) for each in found.values())
+
+    done = next((number for number in range(count) if not is_done(number)), count)
+    if done < count:
+        parts = track(batches(items[done * size :], size), f"encoding {name}", count - done)
+        for number, part in enumerate(parts, done):
+            write(part, partial(keep, number))
+    return found
 
 
 def _row(file: Any, name: str, row: int) -> Tensor:

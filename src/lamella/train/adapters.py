@@ -5,14 +5,19 @@
 A sum of adapters is exactly one adapter again: their factors are concatenated, A = [A_1; A_2; ...] and
 B = [lambda_1 s_1 B_1, lambda_2 s_2 B_2, ...], whatever their ranks, scales and modules. A merge adds all of them in
 float32 and rounds to the weight's own type once: added one by one, small updates are lost in bfloat16.
+
+The factors of an adapter that was opened from a file, and those of a sum, are computed on access, one module at a time:
+an adapter needs no memory until it is used, so hundreds of them can be merged.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -31,6 +36,7 @@ from lamella.stack import Stack, share
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # what peft puts before the names of modules
+HALVES = ".lora_A.weight", ".lora_B.weight"  # what peft puts after them
 REVISION = "lamella_base"  # the key of the tensors' metadata that identifies the base weights
 PLAIN: dict[str, tuple[Any, ...]] = {  # peft settings that change what an adapter computes, with the supported values
     "bias": ("none",),
@@ -55,12 +61,39 @@ PLAIN: dict[str, tuple[Any, ...]] = {  # peft settings that change what an adapt
 }
 
 
+Pair = tuple[Tensor, Tensor]
+
+
+class LazyPairs(Mapping[str, Pair]):
+    """Factors by the name of the module, each pair computed on access and never kept.
+
+    Args:
+        entries: what each pair is computed from, such as its name in a file.
+        load: computes the pair of an entry.
+    """
+
+    def __init__(self, entries: Mapping[str, Any], load: Callable[[Any], Pair]) -> None:
+        self.entries, self.load = entries, load
+
+    def __getitem__(self, module: str) -> Pair:
+        return self.load(self.entries[module])
+
+    def __contains__(self, module: object) -> bool:
+        return module in self.entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+
 @dataclass(frozen=True)
 class Adapter:
     """LoRA factors by the name of the adapted linear module.
 
     Attributes:
-        pairs: A [r, in] and B [out, r].
+        pairs: A [r, in] and B [out, r]; those of an adapter from a file are read on access, so the file must remain.
         scales: s = alpha / r of each module.
         transposed: whether the modules store their weights as [in, out], as GPT-2's do.
         base: identifies the weights that it was trained on, see :func:`revision`; None if unknown.
@@ -68,7 +101,7 @@ class Adapter:
             the model's own, like peft's ``modules_to_save``.
     """
 
-    pairs: Mapping[str, tuple[Tensor, Tensor]]
+    pairs: Mapping[str, Pair]
     scales: Mapping[str, float]
     transposed: bool = False
     base: str | None = None
@@ -133,12 +166,27 @@ class Adapter:
             modules_to_save=list(self.whole) or None,
             inference_mode=True,
         )
-        tensors = {f"{PREFIX}{name}": each.detach().cpu().contiguous() for name, each in self.replacements()}
-        for module, pair in uniform.pairs.items():
-            for half, tensor in zip("AB", pair, strict=True):
-                tensors[f"{PREFIX}{module}.lora_{half}.weight"] = tensor.detach().cpu().contiguous()
         config.save_pretrained(str(folder))
-        save_file(tensors, folder / TENSORS, {"format": "pt", REVISION: self.base or ""})
+        save_file(uniform._tensors(), folder / TENSORS, {"format": "pt", REVISION: self.base or ""})
+
+    def stored(self, file: Path) -> Adapter:
+        """Write the factors into a file, and return the same adapter with factors that are read from there on access.
+
+        Args:
+            file: the file, which is replaced if it exists.
+        """
+        save_file(self._tensors(), file)
+        return replace(self, pairs=_pairs_of(file, self.modules))
+
+    def loaded(self) -> Adapter:
+        """Return the same adapter with all factors in memory, independent of any file."""
+        return replace(self, pairs={name: (a.clone(), b.clone()) for name, (a, b) in self.pairs.items()})
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = dict(self.replacements())
+        for module, pair in self.pairs.items():
+            tensors |= {f"{module}{half}": tensor for half, tensor in zip(HALVES, pair, strict=True)}
+        return {f"{PREFIX}{name}": each.detach().cpu().contiguous() for name, each in tensors.items()}
 
     def replacements(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the tensors of :attr:`whole` by the names of their parameters."""
@@ -154,23 +202,18 @@ class Adapter:
         """
         folder = Path(folder)
         config = _config(folder)
-        try:
-            with safe_open(folder / TENSORS, framework="pt") as file:
-                base = (file.metadata() or {}).get(REVISION) or None
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no dictionary
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{folder / TENSORS}: cannot be read ({error}): save the adapter again") from None
-        ends = ".lora_A.weight", ".lora_B.weight"
-        modules = [name.removeprefix(PREFIX).removesuffix(ends[0]) for name in tensors if name.endswith(ends[0])]
-        known = {f"{PREFIX}{module}{end}" for module in modules for end in ends}
+        with _reading(folder / TENSORS) as file:
+            base = (file.metadata() or {}).get(REVISION) or None
+            tensors = list(file.keys())
+        modules = [name.removeprefix(PREFIX).removesuffix(HALVES[0]) for name in tensors if name.endswith(HALVES[0])]
+        known = {f"{PREFIX}{module}{half}" for module in modules for half in HALVES}
         if not modules or known != set(tensors):
             unpaired = min(known ^ set(tensors), default="nothing")
             raise CheckpointError(
                 f"{folder / TENSORS}: {unpaired} is not half of a LoRA pair: give a plain LoRA adapter"
             )
-        pairs = {name: (tensors[f"{PREFIX}{name}{ends[0]}"], tensors[f"{PREFIX}{name}{ends[1]}"]) for name in modules}
-        scales = dict.fromkeys(pairs, _scale(config))
-        return cls(pairs, scales, bool(config.get("fan_in_fan_out")), base)
+        scales = dict.fromkeys(modules, _scale(config))
+        return cls(_pairs_of(folder / TENSORS, modules), scales, bool(config.get("fan_in_fan_out")), base)
 
     def describe(self) -> dict[str, Any]:
         """Return its description for provenance."""
@@ -191,7 +234,7 @@ class Adapter:
 
 
 def concatenate(adapters: Sequence[Adapter], weights: Sequence[float] | None = None) -> Adapter:
-    """Return sum_k lambda_k Delta_k as one adapter, whose rank is the sum of the ranks; exact.
+    """Return sum_k lambda_k Delta_k as one adapter, whose rank is the sum of the ranks; exact, and computed on access.
 
     Args:
         adapters: for the same weights, of any ranks, scales and modules.
@@ -210,13 +253,15 @@ def concatenate(adapters: Sequence[Adapter], weights: Sequence[float] | None = N
     replacing = [name for each in adapters for name in each.whole]
     if replacing:
         raise TrainingError(f"an adapter replaces {replacing[0]}, which cannot be summed: merge it alone")
-    pairs = {}
-    for name in dict.fromkeys(name for each in adapters for name in each.pairs):
+
+    def joined(name: str) -> Pair:
         of = [(each, weight) for each, weight in zip(adapters, weights, strict=True) if name in each.pairs]
-        a = torch.cat([each.pairs[name][0] for each, _ in of])
-        b = torch.cat([weight * each.scales[name] * each.pairs[name][1] for each, weight in of], dim=1)
-        pairs[name] = (a, b)
-    return Adapter(pairs, dict.fromkeys(pairs, 1.0), adapters[0].transposed, next(iter(bases), None))
+        pairs = [(each.pairs[name], weight * each.scales[name]) for each, weight in of]
+        return torch.cat([a for (a, _), _ in pairs]), torch.cat([scale * b for (_, b), scale in pairs], dim=1)
+
+    names = dict.fromkeys(name for each in adapters for name in each.pairs)
+    pairs = LazyPairs({name: name for name in names}, joined)
+    return Adapter(pairs, dict.fromkeys(names, 1.0), adapters[0].transposed, next(iter(bases), None))
 
 
 @torch.no_grad()
@@ -291,6 +336,30 @@ def check_fits(stack: Stack, adapter: Adapter) -> None:
         raise TrainingError(
             f"{stack.name} has other weights than the model that this adapter was trained on: give that revision"
         )
+
+
+def _pairs_of(file: Path, modules: Iterable[str]) -> LazyPairs:
+    """Return the factors in a file, each pair read on access."""
+    return LazyPairs({name: f"{PREFIX}{name}" for name in modules}, partial(_read_pair, file))
+
+
+def _read_pair(file: Path, name: str) -> Pair:
+    with _reading(file) as tensors:
+        return tensors.get_tensor(f"{name}{HALVES[0]}"), tensors.get_tensor(f"{name}{HALVES[1]}")
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[Any]:
+    """Open the file of an adapter.
+
+    Raises:
+        CheckpointError: for a file that is missing or damaged.
+    """
+    try:
+        with safe_open(file, framework="pt") as opened:
+            yield opened
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file}: cannot be read ({error}): save the adapter again") from None
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lamella.data import batches
 
 AttackerKind = Literal["linear", "gap", "conv"]
-COMPARED = 1024  # number of feature rows in memory at once
+COMPARED = 2**26  # number of values, in at most 1,024 rows of features, that are compared at once
 RANK = 768
 HIDDEN = 64
 
@@ -122,10 +122,10 @@ def nearest(train: Sequence[Tensor], test: Sequence[Tensor]) -> Tensor:
         train: features of the attacker's images.
         test: features of the test images.
     """
-    found = []
-    for ours in batches(test, COMPARED, _directions):
+    found, size = [], min(1024, max(1, COMPARED // train[0].numel()))
+    for ours in batches(test, size, _directions):
         best, where, first = ours.new_full((len(ours),), -torch.inf), torch.zeros(len(ours), dtype=torch.long), 0
-        for theirs in batches(train, COMPARED, _directions):
+        for theirs in batches(train, size, _directions):
             most, row = (ours @ theirs.T).max(1)
             where = torch.where(most > best, row + first, where)
             best = torch.maximum(best, most)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -115,7 +115,7 @@ def record_features(
     name: str = "features",
     depends: Any = None,
 ) -> dict[str, Sequence[Tensor]]:
-    """Record the features of each image at each cut; see :class:`lamella.data.Encoded`.
+    """Record the features of each image at each cut; those of one batch at one cut are in memory at once.
 
     Args:
         victim: the split model.
@@ -129,11 +129,10 @@ def record_features(
         The features of each image, by cut.
     """
 
-    def encode(some: list[Captioned]) -> dict[str, Tensor]:
-        return victim.features(victim.prepare(some), cuts)
+    def encode(some: list[Captioned], keep: Callable[[str, Tensor], None]) -> None:
+        victim.pass_features(victim.prepare(some), cuts, keep)
 
-    found = Encoded.of(images, encode, work, name, [list(cuts), depends], BATCH)
-    return {cut: found.column(cut) for cut in cuts}
+    return dict(Encoded.columns(images, encode, cuts, work, name, [list(cuts), depends], BATCH))
 
 
 class AttackLoss:
@@ -322,30 +321,34 @@ def measure_defences(
         guards: the defences.
     """
     plain = victim.output(x)
-    features = victim.features(x, cuts)
-    spread = scales(features)
     rows = []
     for cut in cuts:
+        spread, shape = _spread_and_shape(victim, x, cut)
         for guard in guards:
 
-            def link(name: str, values: Tensor, guard: LinkDefence = guard) -> Tensor:
-                return guard.receive(
-                    name, guard.send(name, values, spread[name], EVALUATION_REQUEST), spread[name], EVALUATION_REQUEST
-                )
+            def link(name: str, values: Tensor, guard: LinkDefence = guard, spread: float = spread) -> Tensor:
+                sent = guard.send(name, values, spread, EVALUATION_REQUEST)
+                return guard.receive(name, sent, spread, EVALUATION_REQUEST)
 
             found = victim.output_through(x, [cut], link)
             rows.append(
                 {
                     "cut": cut,
                     "guard": str(guard),
-                    "shape": list(features[cut].shape[1:]),
-                    "bytes": guard.sent(features[cut].shape),
-                    "ratio": guard.ratio(spread[cut]),
+                    "shape": list(shape[1:]),
+                    "bytes": guard.sent(shape),
+                    "ratio": guard.ratio(spread),
                     "output_change": float((found - plain).abs().max()),
                     "task": float((found.argmax(1) == labels).double().mean()) if plain.ndim == 2 else None,
                 }
             )
     return rows
+
+
+def _spread_and_shape(victim: Victim, x: Tensor, cut: str) -> tuple[float, torch.Size]:
+    """Return the standard deviation and the shape of the features at a cut, which are not kept."""
+    features = victim.features(x, [cut])
+    return scales(features)[cut], features[cut].shape
 
 
 def nearest_accuracy(sets: AuditData, cut: str) -> float:

@@ -29,6 +29,7 @@ from lamella.signature import Split
 from lamella.stack import Stack, join
 
 RIDGE = 1e-3  # ridge penalty, relative to the mean square of the inputs
+ROWS = 4096  # tokens that are in float64 at once
 
 
 @command("caprecover", "tokens", brief={"cuts": (0, 2), "guards": ("none", "gaussian:10"), "seeds": 1, "sequences": 5})
@@ -66,17 +67,17 @@ def tokens(
         raise MethodError(f"cuts {listed(cuts)}: give layers from 0 to {len(stack) - 1}")
     defences = parse_defences(guards)
     test_text = calibration.part("test") if test is None else test
-    train, judge = (hidden_states(stack, each.tokens, layers) for each in (calibration, test_text))
-    if len(train.ids) < 2 * train.h[layers[0]].shape[-1]:
-        raise CalibrationError(
-            f"{len(train.ids)} tokens are too few to fit a linear layer of {train.h[layers[0]].shape[-1]} dimensions: "
-            "give more with --sequences and --length"
-        )
     embedding = stack.base.get_submodule(stack.architecture.embedding).weight.detach().float().cpu()
-    rows = []
-    for layer in layers:
+
+    def attack(layer: int) -> list[dict[str, Any]]:
+        train, judge = (hidden_states(stack, each.tokens, [layer]) for each in (calibration, test_text))
+        if len(train.ids) < 2 * train.h[layer].shape[-1]:
+            raise CalibrationError(
+                f"{len(train.ids)} tokens are too few to fit a linear layer of {train.h[layer].shape[-1]} dimensions: "
+                "give more with --sequences and --length"
+            )
         scale = float(train.h[layer].std())
-        name = f"layers.{layer}"
+        name, rows = f"layers.{layer}", []
         clean = RidgeRegression.of(train.h[layer], embedding[train.ids])
         for guard in defences:
             found: dict[str, list[float]] = {"adaptive": [], "static": []}
@@ -90,11 +91,15 @@ def tokens(
                     found[who].append(float((attacker.tokens(overheard, embedding) == judge.ids).double().mean()))
             results = {who: interval(values) for who, values in found.items()}
             rows.append({"cut": name, "guard": str(guard), "ratio": guard.ratio(scale), **results})
-    majority_token = int(train.ids.bincount().argmax())
+        return rows
+
+    rows = [row for layer in layers for row in attack(layer)]  # the hidden states of one layer are in memory at once
+    train_ids, judge_ids = (each.tokens.flatten().cpu() for each in (calibration, test_text))
+    majority_token = int(train_ids.bincount().argmax())
     findings: dict[str, Any] = {
         "tokens": rows,
-        "majority": float((judge.ids == majority_token).double().mean()),
-        "token_counts": {"attacker": len(train.ids), "judge": len(judge.ids)},
+        "majority": float((judge_ids == majority_token).double().mean()),
+        "token_counts": {"attacker": len(train_ids), "judge": len(judge_ids)},
     }
     return Study(findings=findings)
 
@@ -151,12 +156,14 @@ class RidgeRegression:
             x: inputs `[rows, hidden]`.
             y: targets `[rows, width]`.
         """
-        x, y = x.double(), y.double()
-        mean_x, mean_y = x.mean(0), y.mean(0)
-        x, y = x - mean_x, y - mean_y
-        gram = x.T @ x
+        mean_x, mean_y = (each.mean(0, dtype=torch.float64) for each in (x, y))
+        gram, products = mean_x.new_zeros(len(mean_x), len(mean_x)), mean_x.new_zeros(len(mean_x), len(mean_y))
+        for some_x, some_y in zip(x.split(ROWS), y.split(ROWS), strict=True):
+            centred = some_x - mean_x
+            gram += centred.T @ centred
+            products += centred.T @ (some_y - mean_y)
         gram.diagonal().add_(RIDGE * float(gram.diagonal().mean()))
-        weight = torch.linalg.solve(gram, x.T @ y)
+        weight = torch.linalg.solve(gram, products)
         return cls(weight, mean_y - mean_x @ weight)
 
     def tokens(self, x: Tensor, embedding: Tensor) -> Tensor:

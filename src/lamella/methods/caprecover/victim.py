@@ -145,14 +145,25 @@ class Victim(View):
             names: names of the cuts.
         """
         features: dict[str, Tensor] = {}
+        self.pass_features(x, names, features.__setitem__)
+        return {name: features[name] for name in names}
+
+    @torch.no_grad()
+    def pass_features(self, x: Tensor, names: Sequence[str], receive: Callable[[str, Tensor], None]) -> None:
+        """Pass the features at each of these cuts to a function as soon as they are computed, and keep none.
+
+        Args:
+            x: preprocessed images.
+            names: names of the cuts.
+            receive: function of the name of a cut and its features [batch, ...].
+        """
 
         def look(name: str, values: Tensor) -> Tensor:
-            features[name] = values.cpu()
+            receive(name, values.cpu())
             return values
 
         with self.through(names, look):
             self.model(x.to(self.device))
-        return {name: features[name] for name in names}
 
     @torch.no_grad()
     def output_through(self, x: Tensor, names: Sequence[str], link: Send) -> Tensor:

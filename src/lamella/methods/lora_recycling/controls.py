@@ -5,25 +5,27 @@ from __future__ import annotations
 import random
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from lamella.methods.lora_recycling.merging import module_seed
 from lamella.train import Adapter
+from lamella.train.adapters import LazyPairs, Pair
 
 
 def randomise(adapters: Sequence[Adapter], keep: Collection[int] = (), *, seed: int = 0) -> list[Adapter]:
     """Replace adapters by random ones with the same shapes, ranks, scales, modules and standard deviations.
 
     Every A and B is sampled from a normal distribution with mean 0, with the standard deviation of all replaced A's
-    (B's) in that module.
+    (B's) in that module, on access: the random adapters need no memory.
 
     Args:
         adapters: the adapters of a merge.
         keep: indices of those that are not replaced, such as 0 for the target's own.
         seed: random seed.
     """
-    generator = torch.Generator().manual_seed(seed)
     replaced = [each for index, each in enumerate(adapters) if index not in keep]
     names = list(dict.fromkeys(name for each in replaced for name in each.pairs))
     spread = {
@@ -31,17 +33,18 @@ def randomise(adapters: Sequence[Adapter], keep: Collection[int] = (), *, seed: 
         for name in names
     }
 
-    def sample(like: Tensor, std: float) -> Tensor:
-        return (std * torch.randn(like.shape, generator=generator)).to(like)
+    def sample(index: int, name: str) -> Pair:
+        generator = torch.Generator().manual_seed(module_seed(seed, name, index))
+        a, b = ((std * torch.randn(like.shape, generator=generator)).to(like)
+                for like, std in zip(adapters[index].pairs[name], spread[name], strict=True))  # fmt: skip
+        return a, b
 
-    found = []
-    for index, each in enumerate(adapters):
-        if index in keep:
-            found.append(each)
-            continue
-        pairs = {name: (sample(a, spread[name][0]), sample(b, spread[name][1])) for name, (a, b) in each.pairs.items()}
-        found.append(replace(each, pairs=pairs))
-    return found
+    return [
+        each
+        if index in keep
+        else replace(each, pairs=LazyPairs({name: name for name in each.modules}, partial(sample, index)))
+        for index, each in enumerate(adapters)
+    ]
 
 
 def _std(tensors: Sequence[Tensor]) -> float:

@@ -8,8 +8,9 @@
     core space  add up in the common bases of all B_i and all A_i
 
 with D_i = s_i B_i A_i, zero if adapter i lacks the module. The linear sum, TSV and the core space stay factorised, so
-the result is an adapter. TIES, DARE and magnitude work on entries of D_i, not of A_i and B_i separately, as published;
-they are computed one module at a time, so no second dense model is held in memory.
+the result is an adapter. TIES, DARE and magnitude work on entries of D_i, not of A_i and B_i separately, as published.
+All are computed on access, one module at a time: what is in memory is the factors of that module, of all adapters for
+the factorised merges and of one for the others, and a few dense matrices of its size.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from lamella.errors import MethodError
 from lamella.train import Adapter, concatenate
+from lamella.train.adapters import LazyPairs, Pair
 
 Entries = Literal["ties", "dare", "dare-ties", "magnitude"]
 Sign = Literal["mass", "frequency"]
@@ -82,7 +84,7 @@ class EntryMerge:
         return total / agreeing.clamp(min=1)
 
     def updates(self) -> Iterator[tuple[str, Tensor]]:
-        """Iterate over the updates of all modules, for :func:`lamella.train.adapters.added`."""
+        """Iterate over the updates of all modules, for :func:`lamella.train.adapters.with_updates`."""
         return ((name, self.delta(name)) for name in self.modules)
 
     @property
@@ -95,7 +97,7 @@ class EntryMerge:
             if module in adapter.pairs:
                 full = adapter.delta(module)
                 if self.how.startswith("dare"):
-                    kept = drop_entries(full, self.density, _seed(self.seed, module, index))
+                    kept = drop_entries(full, self.density, module_seed(self.seed, module, index))
                 else:
                     kept = trim(full, self.density)
                 yield weight * kept
@@ -127,7 +129,14 @@ def drop_entries(full: Tensor, p: float, seed: int) -> Tensor:
     return torch.where(draws < p, full / p, 0)
 
 
-def _seed(seed: int, module: str, index: int) -> int:
+def module_seed(seed: int, module: str, index: int = 0) -> int:
+    """Return the random seed for a module of one adapter, which can so be drawn without the others.
+
+    Args:
+        seed: the random seed of all.
+        module: name of the module.
+        index: index of the adapter.
+    """
     return int.from_bytes(hashlib.sha256(f"{seed} {module} {index}".encode()).digest()[:7], "big")
 
 
@@ -178,15 +187,15 @@ def _by_module(
     weights: Sequence[float],
     joined: Callable[[Sequence[tuple[Tensor, Tensor]]], tuple[Tensor, Tensor]],
 ) -> Adapter:
-    """Build one adapter by applying ``joined`` to every module's pairs of A_i and lambda_i s_i B_i."""
+    """Build one adapter by applying ``joined`` to a module's pairs of A_i and lambda_i s_i B_i, on access."""
     scaled = [concatenate([each], [weight]) for each, weight in zip(adapters, weights, strict=True)]
-    names = dict.fromkeys(name for each in adapters for name in each.pairs)
-    pairs = {}
-    for name in names:
-        halves = [each.scaled(name) for each in scaled if name in each.pairs]
-        a, b = joined(halves)
-        pairs[name] = (a.contiguous(), b.contiguous())
-    return replace(concatenate(scaled), pairs=pairs, scales=dict.fromkeys(pairs, 1.0))
+    whole = concatenate(scaled)
+
+    def of(name: str) -> Pair:
+        a, b = joined([each.scaled(name) for each in scaled if name in each.pairs])
+        return a.contiguous(), b.contiguous()
+
+    return replace(whole, pairs=LazyPairs({name: name for name in whole.modules}, of))
 
 
 def triplets(a: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -125,9 +125,10 @@ def lora_recycling(
 
     verdict = MergeVerdict.of(trial.arms)
     assert verdict.ours.adapter is not None
+    adapter = verdict.ours.adapter.loaded()
     return Recycled(
-        stack=merge(stack, verdict.ours.adapter),
-        adapter=verdict.ours.adapter,
+        stack=merge(stack, adapter),
+        adapter=adapter,
         arms=trial.arms,
         selected=names,
         members=members,

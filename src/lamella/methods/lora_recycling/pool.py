@@ -1,8 +1,8 @@
 """The pool: a folder of existing adapters, and the check of which can be used with a model.
 
-Only safetensors are read, one adapter at a time, because a pool may be larger than the memory. Everything beyond plain
-LoRA for a causal model is rejected with a reason, and so are adapters with non-finite values, with other shapes or
-weights, and those with a negligible or excessive total norm sqrt(sum_m |s B A|_F^2).
+Only safetensors are read, one module of one adapter at a time, because a pool may be larger than the memory. Everything
+beyond plain LoRA for a causal model is rejected with a reason, and so are adapters with non-finite values, with other
+shapes or weights, and those with a negligible or excessive total norm sqrt(sum_m |s B A|_F^2).
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from transformers.pytorch_utils import Conv1D
 
 from lamella.errors import CheckpointError, LamellaError, MethodError
 from lamella.methods.lora_recycling.choosing import norm
+from lamella.methods.lora_recycling.merging import module_seed
 from lamella.reading import parse_json
 from lamella.signature import Fixture
 from lamella.stack import Stack
 from lamella.train import Adapter
-from lamella.train.adapters import CONFIG, TENSORS, check_fits
+from lamella.train.adapters import CONFIG, TENSORS, LazyPairs, Pair, check_fits
 
 PICKLED = "adapter_model.bin"
 RANDOM = re.compile(r"random(?::count=(\d+),r=(\d+))?")
@@ -39,7 +40,7 @@ class Members:
     Attributes:
         norms: total scaled norm of each, by name.
         refused: reason for rejecting each of the others.
-        load: loads a member by name, with the model's own module names.
+        load: opens a member by name, with the model's own module names; its factors are loaded on access.
     """
 
     norms: Mapping[str, float]
@@ -47,7 +48,7 @@ class Members:
     load: Callable[[str], Adapter]
 
     def take(self, names: list[str]) -> list[Adapter]:
-        """Load members by name."""
+        """Open members by name."""
         return [self.load(name) for name in names]
 
 
@@ -57,7 +58,7 @@ class AdapterPool:
 
     Attributes:
         names: names of all adapters, including unusable ones.
-        load: loads one by name, for a model.
+        load: opens one by name, for a model.
         bounds: range of usable total scaled norms: above the first, and up to the second.
         source: origin, for provenance.
     """
@@ -120,7 +121,7 @@ class AdapterPool:
         return {**self.source, "names": list(self.names), "norms": list(self.bounds)}
 
     def members(self, stack: Stack) -> Members:
-        """Check which adapters a model can use; each is loaded once.
+        """Check which adapters a model can use.
 
         Raises:
             MethodError: if there is none, with the reasons.
@@ -162,17 +163,17 @@ def fit_names(adapter: Adapter, stack: Stack) -> Adapter:
         CheckpointError: if nothing remains.
     """
     head, _, last = stack.architecture.prefix.rstrip(".").rpartition(".")
-    pairs, scales = {}, {}
-    for name, pair in adapter.pairs.items():
+    names = {}
+    for name in adapter.modules:
         _, found, inside = f".{name}".rpartition(f".{last}.")
         if found:
-            ours = f"{head}.{last}.{inside}" if head else f"{last}.{inside}"
-            pairs[ours], scales[ours] = pair, adapter.scales[name]
+            names[f"{head}.{last}.{inside}" if head else f"{last}.{inside}"] = name
         elif not name.endswith(("lm_head", "embed_out")):
             raise CheckpointError(f"{name} is not a module in the layers of {stack.name}")
-    if not pairs:
+    if not names:
         raise CheckpointError("it only adapts the head")
-    return replace(adapter, pairs=pairs, scales=scales)
+    scales = {ours: adapter.scales[name] for ours, name in names.items()}
+    return replace(adapter, pairs=LazyPairs(names, adapter.pairs.__getitem__), scales=scales)
 
 
 def _from_folder(places: Mapping[str, Path], name: str, stack: Stack) -> Adapter:
@@ -188,15 +189,21 @@ def _from_folder(places: Mapping[str, Path], name: str, stack: Stack) -> Adapter
 
 def _random(name: str, stack: Stack, *, rank: int) -> Adapter:
     """A random adapter in all layers with |D_m|^2 of about its rank in each module."""
-    generator = torch.Generator().manual_seed(int(name.rpartition("-")[2]))
-    pairs, transposed = {}, False
+    number = int(name.rpartition("-")[2])
+    shapes, transposed = {}, False
     for module, each in stack.model.named_modules():
         if module.startswith(stack.architecture.prefix) and isinstance(each, nn.Linear | Conv1D):
             transposed = isinstance(each, Conv1D)
             outs, ins = reversed(each.weight.shape) if transposed else each.weight.shape
-            a = torch.randn(rank, ins, generator=generator) / ins**0.5
-            pairs[module] = (a, torch.randn(outs, rank, generator=generator) / outs**0.5)
-    return Adapter(pairs, dict.fromkeys(pairs, 1.0), transposed)
+            shapes[module] = (module_seed(number, module), outs, ins)
+
+    def draw(entry: tuple[int, int, int]) -> Pair:
+        seed, outs, ins = entry
+        generator = torch.Generator().manual_seed(seed)
+        a = torch.randn(rank, ins, generator=generator) / ins**0.5
+        return a, torch.randn(outs, rank, generator=generator) / outs**0.5
+
+    return Adapter(LazyPairs(shapes, draw), dict.fromkeys(shapes, 1.0), transposed)
 
 
 def _size(path: Path) -> int:

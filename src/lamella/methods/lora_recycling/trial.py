@@ -88,7 +88,7 @@ class TrialArm:
     Attributes:
         name: its name.
         of_pool: whether it uses weights of the pool.
-        adapter: its adapter; None for the original model.
+        adapter: its adapter; None for the original model. That of fitted coefficients is in a file of the work folder.
         held_out, test: its results on these splits.
         coefficients: f(w) by module, of N adapters or of each rank; None without coefficients.
         log: training log.
@@ -242,7 +242,8 @@ class Trial:
         return self._of_mixture(name, found, of_pool, log)
 
     def _of_mixture(self, name: str, found: AdapterMixture, of_pool: bool, log: TrainingLog | None) -> TrialArm:
-        return self.add(name, found.adapter(), of_pool=of_pool, coefficients=found.coefficients(), log=log)
+        adapter = found.adapter().stored(self.work.directory("adapters") / f"{name}.safetensors")
+        return self.add(name, adapter, of_pool=of_pool, coefficients=found.coefficients(), log=log)
 
 
 def mismatch_answers(samples: Sequence[Sample], seed: int) -> list[Sample]:

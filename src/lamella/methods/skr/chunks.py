@@ -24,6 +24,7 @@ from lamella.errors import LamellaError, NumericsError
 from lamella.files import write
 from lamella.methods.skr.gcrodr import Apply, Solve
 from lamella.methods.skr.preconditioners import Factory, make
+from lamella.methods.skr.rows import MatrixFile
 from lamella.methods.skr.systems import LinearSystems, System
 from lamella.progress import tracker
 from lamella.workers import Pool, SerialPool
@@ -110,9 +111,9 @@ class ChunkSolution:
     solved: list[SystemRecord]
     state: dict[str, Any]
 
-    def rows(self) -> Array:
-        """Return the solutions [members, n], those of a file mapped into memory."""
-        return np.load(self.x, mmap_mode="r") if isinstance(self.x, Path) else self.x
+    def rows(self) -> Array | MatrixFile:
+        """Return the solutions [members, n], in memory or in their file."""
+        return MatrixFile(self.x) if isinstance(self.x, Path) else self.x
 
 
 def cut(sequence: Index, parts: int) -> list[Index]:
@@ -144,7 +145,8 @@ def solve_chunk(chunk: Chunk, report: Callable[[], None] = lambda: None) -> Chun
         x, solved = _solve(solver, system, int(index), chunk.preconditioner)
         journal.add(x, solved, system, solver)
         report()
-    return ChunkSolution(journal.x if chunk.folder is None else journal.rows, journal.solved, solver.state())
+    found = journal.x
+    return ChunkSolution(found.file if isinstance(found, MatrixFile) else found, journal.solved, solver.state())
 
 
 def _solve(solver: Solver, system: System, index: int, preconditioner: str | Factory) -> tuple[Array, SystemRecord]:
@@ -184,13 +186,12 @@ class _Journal:
         self.solved: list[SystemRecord] = []
         shape = (len(chunk.members), chunk.systems.n)
         if chunk.folder is None:
-            self.x: Array = np.empty(shape)
+            self.x: Array | MatrixFile = np.empty(shape)
             return
         number = f"{chunk.number:03}"
         self.lines, self.state_file = chunk.folder / f"solved-{number}.jsonl", chunk.folder / f"state-{number}.npz"
-        self.rows = chunk.folder / f"x-{number}.npy"
-        mode: Any = "r+" if self.rows.exists() and self.state_file.exists() else "w+"
-        self.x = np.lib.format.open_memmap(self.rows, mode, np.float64, shape)
+        rows = chunk.folder / f"x-{number}.npy"
+        self.x = MatrixFile(rows, None if rows.exists() and self.state_file.exists() else shape)
 
     def resume(self) -> dict[str, Any] | None:
         """Read the results of an interrupted run, and return its solver's state; None if there are none."""
@@ -222,10 +223,9 @@ class _Journal:
         """Append a solution and its figures, and save the solver's state."""
         self.x[len(self.solved)] = x
         self.solved.append(solved)
-        if self.chunk.folder is None:
+        if not isinstance(self.x, MatrixFile):
             return
-        assert isinstance(self.x, np.memmap)
-        self.x.flush()
+        self.x.sync()
         with self.lines.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(solved) | {"system": system.digest}) + "\n")
         partial = self.state_file.with_suffix(".partial.npz")

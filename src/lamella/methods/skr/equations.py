@@ -2,13 +2,15 @@
 
 All are flux-conservative finite volumes on the unit square or cube with a Dirichlet boundary: cells of width h = 1 /
 grid, harmonic means of the coefficient on faces. The authors' scripts use a stencil that is not conservative; see the
-page. A system is assembled on access from its parameters, which depend on the seed and its index.
+page. A system is assembled on access from its parameters, which depend on the seed and its index and are drawn on
+access, too: a family of any size needs the memory of one system.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +18,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from lamella.errors import LamellaError
+from lamella.methods.skr.rows import LazyRows, Rows
 
 Array = NDArray[np.float64]
 
@@ -29,7 +32,7 @@ class EquationFamily(NamedTuple):
         description: the origin of the systems, for provenance.
     """
 
-    parameters: tuple[Array, ...]
+    parameters: tuple[Rows, ...]
     assemble: Callable[..., tuple[Any, Array]]
     description: dict[str, Any]
 
@@ -76,10 +79,10 @@ def darcy(
         seed: random seed.
     """
     shape = _shape(grid, count, dimensions)
-    coefficients = [np.exp((field or GaussianField()).draw(_random(seed, i), shape)) for i in range(count)]
+    coefficients = LazyRows(partial(_log_normal, field or GaussianField(), shape, seed), (count, *shape))
     description = {"equation": "darcy", "grid": grid, "count": count, "dimensions": dimensions, "seed": seed}
     description |= {"field": repr(field or GaussianField())}
-    return EquationFamily((np.stack(coefficients),), _Darcy(), description)
+    return EquationFamily((coefficients,), _Darcy(), description)
 
 
 def clustered_darcy(
@@ -98,13 +101,11 @@ def clustered_darcy(
     shape, random = _shape(grid, count, 2), _random(seed, count)
     centres = [GaussianField().draw(random, shape) for _ in range(clusters)]
     centres = [g * np.log(contrast) / np.ptp(g) for g in centres]
-    fields = []
-    for i in range(count):
-        centre, local = centres[random.integers(clusters)], GaussianField().draw(_random(seed, i), shape)
-        fields.append(np.exp(centre + local * spread * centre.std() / local.std()))
+    chosen = [int(random.integers(clusters)) for _ in range(count)]
+    fields = LazyRows(partial(_clustered, centres, chosen, spread, seed), (count, *shape))
     description = {"equation": "clustered darcy", "grid": grid, "count": count, "clusters": clusters}
     description |= {"contrast": contrast, "spread": spread, "seed": seed}
-    return EquationFamily((np.stack(fields),), _Darcy(), description)
+    return EquationFamily((fields,), _Darcy(), description)
 
 
 def poisson(grid: int, count: int, *, seed: int = 0) -> EquationFamily:
@@ -116,7 +117,7 @@ def poisson(grid: int, count: int, *, seed: int = 0) -> EquationFamily:
         seed: random seed.
     """
     shape = _shape(grid, count, 2)
-    sources = np.stack([GaussianField().draw(_random(seed, i), shape) for i in range(count)])
+    sources = LazyRows(partial(_normal, GaussianField(), shape, seed), (count, *shape))
     description = {"equation": "poisson, one matrix", "grid": grid, "count": count, "seed": seed}
     return EquationFamily((sources,), _Poisson(), description)
 
@@ -143,13 +144,12 @@ def helmholtz(
         seed: random seed.
     """
     shape = _shape(grid, count, dimensions)
-    draws = [_random(seed, i) for i in range(count)]
-    kappa = np.array([random.uniform(*wavenumber) for random in draws])
+    kappa = np.array([_random(seed, i).uniform(*wavenumber) for i in range(count)])
     description = {"equation": "helmholtz", "grid": grid, "count": count, "wavenumber": list(wavenumber), "seed": seed}
     description |= {"dimensions": dimensions, "medium": repr(medium)}
     if medium is None:
         return EquationFamily((kappa,), _Helmholtz(shape), description)
-    w = np.stack([np.exp(medium.draw(random, shape)) for random in draws])
+    w = LazyRows(partial(_medium, medium, wavenumber, shape, seed), (count, *shape))
     return EquationFamily((kappa, w), _Helmholtz(shape), description)
 
 
@@ -204,6 +204,28 @@ def family(text: str) -> EquationFamily:
         return FAMILIES[name](**options)
     except TypeError:
         raise LamellaError(f"{text}: the family '{name}' does not take all of {', '.join(options)}") from None
+
+
+def _normal(field: GaussianField, shape: tuple[int, ...], seed: int, index: int) -> Array:
+    return field.draw(_random(seed, index), shape)
+
+
+def _log_normal(field: GaussianField, shape: tuple[int, ...], seed: int, index: int) -> Array:
+    return np.exp(_normal(field, shape, seed, index))
+
+
+def _clustered(centres: Sequence[Array], chosen: Sequence[int], spread: float, seed: int, index: int) -> Array:
+    centre = centres[chosen[index]]
+    local = _normal(GaussianField(), centre.shape, seed, index)
+    return np.exp(centre + local * spread * centre.std() / local.std())
+
+
+def _medium(
+    medium: GaussianField, wavenumber: tuple[float, float], shape: tuple[int, ...], seed: int, index: int
+) -> Array:
+    random = _random(seed, index)
+    random.uniform(*wavenumber)  # kappa, which is drawn first
+    return np.exp(medium.draw(random, shape))
 
 
 def _random(seed: int, index: int) -> np.random.Generator:

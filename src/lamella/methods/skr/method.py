@@ -30,6 +30,7 @@ from lamella.methods.skr.gcrodr import Apply, Solve, gcrodr
 from lamella.methods.skr.harm import Harm
 from lamella.methods.skr.preconditioners import Factory, check
 from lamella.methods.skr.result import Solutions
+from lamella.methods.skr.rows import MatrixFile
 from lamella.methods.skr.solvers import Outer
 from lamella.methods.skr.sorting import Order, arrange
 from lamella.methods.skr.systems import LinearSystems, System
@@ -136,14 +137,16 @@ def _collect(
     folder: Path | None,
 ) -> Solutions:
     shape = (len(systems), systems.n)
-    x: Array = np.empty(shape) if folder is None else _on_disk(folder / "x.npy", shape)
+    x = np.empty(shape) if folder is None else _on_disk(folder / "x.npy", shape)
     for members, chunk in zip(chunks, finished, strict=True):
-        x[members] = chunk.rows()  # from the order of solving to the caller's order
+        rows = chunk.rows()
+        for position, index in enumerate(members):
+            x[index] = rows[position]  # from the order of solving to the caller's order
     sequence = np.concatenate(chunks)
     solved = [each for chunk in finished for each in chunk.solved]
     bases = tuple(chunk.state.get("U", np.empty((systems.n, 0))) for chunk in finished)
     return Solutions(
-        x=x,
+        x=np.load(x.file, mmap_mode="r+") if isinstance(x, MatrixFile) else x,
         parameters=systems.parameters,
         sequence=sequence,
         solved=solved,
@@ -182,10 +185,10 @@ class Recycling:
         self.U = state.get("U")
 
 
-def _on_disk(file: Path, shape: tuple[int, int]) -> Array:
+def _on_disk(file: Path, shape: tuple[int, int]) -> MatrixFile:
     """Return an array in a new file; an earlier result keeps the file that it had."""
     file.unlink(missing_ok=True)
-    return np.lib.format.open_memmap(file, "w+", np.float64, shape)
+    return MatrixFile(file, shape)
 
 
 def _solver(backend: Backend, preconditioner: str | Factory, recycle: Recycle, **settings: Any) -> Any:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from lamella.errors import ExportError, LamellaError
 from lamella.extras import require
 from lamella.methods.skr.chunks import SystemRecord
+from lamella.methods.skr.rows import Parts, Rows, iterate, write_npz
 from lamella.results import Result
 
 Array = NDArray[np.float64]
@@ -29,7 +30,7 @@ class Solutions(Result):
 
     Attributes:
         x: the solutions, in the caller's order [N, n].
-        parameters: the parameters, in the same order, as blocks [N, ...].
+        parameters: the parameters, in the same order, as blocks [N, ...]; those of a family are drawn on access.
         sequence: the indices of the systems in the order of solving [N].
         solved: the figures, in the order of solving; ``solved[0]`` was cold.
         bases: the final basis of each chunk [n, about k].
@@ -38,7 +39,7 @@ class Solutions(Result):
     """
 
     x: Array
-    parameters: tuple[Array, ...]
+    parameters: tuple[Rows, ...]
     sequence: NDArray[np.intp]
     solved: list[SystemRecord]
     bases: tuple[Array, ...]
@@ -201,17 +202,24 @@ def _sort_key(name: str) -> tuple[str, int]:
 
 def _write(path: Path, arrays: dict[str, Any], evidence: str) -> None:
     if path.suffix == ".npz":
-        np.savez(path, evidence=np.array(evidence), **arrays)
+        parts = {name: Parts.of(array) for name, array in arrays.items()}
+        write_npz(path, {"evidence": np.array(evidence), **parts})
     elif path.suffix == ".zarr":
         group = require("zarr", "solve", "a zarr file").open_group(str(path), mode="w")
         for name, array in arrays.items():
-            group[name] = array
+            _fill(group.create_array(name, shape=array.shape, dtype=array.dtype), array)
         group.attrs["evidence"] = evidence
     else:
         with require("h5py", "solve", "HDF5").File(path, "w") as file:
             for name, array in arrays.items():
-                file[name] = array
+                _fill(file.create_dataset(name, shape=array.shape, dtype=array.dtype), array)
             file["evidence"] = evidence  # a dataset, since attributes are limited to 64 KiB
+
+
+def _fill(target: Any, array: Rows) -> None:
+    """Write an array into one of another library, a few rows at a time."""
+    for tile, rows in iterate(array):
+        target[tile] = rows
 
 
 def _read(path: Path) -> tuple[dict[str, NDArray[Any]], str]:

@@ -2,17 +2,22 @@
 
 d(i, j) = ||P_i - P_j||_F, summed over blocks if there are several: for Helmholtz the field and the wavenumber. An
 optimal tour is not worth its cost: the invariant subspace of the small eigenvalues changes little as it is.
+
+Parameters may not fit in memory. Distances are computed from inner products, which are kept in place of rows that are
+longer than there are systems, and these are computed from a few rows at a time.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lamella.errors import LamellaError
+from lamella.methods.skr.rows import Rows, iterate, tiles
 
 Array = NDArray[np.float64]
 Index = NDArray[np.intp]
@@ -25,7 +30,7 @@ GRAY_AXES = 7  # principal axes, each cut in half; the authors' code
 HILBERT_AXES, HILBERT_BITS = 3, 4  # ours: 16^3 cells
 
 
-def arrange(parameters: tuple[Array, ...], count: int, order: Order, seed: int = 0) -> Index:
+def arrange(parameters: tuple[Rows, ...], count: int, order: Order, seed: int = 0) -> Index:
     """Return the order of a family: the indices of the systems in the order of solving [N].
 
     Args:
@@ -45,8 +50,7 @@ def arrange(parameters: tuple[Array, ...], count: int, order: Order, seed: int =
         return np.random.default_rng(seed).permutation(count)
     if not parameters:
         raise LamellaError(f"order '{order}' needs the parameters of the systems; give them, or use order 'none'")
-    rows = [block.reshape(count, -1) for block in parameters]
-    rows = [block - block.mean(axis=0) for block in rows]  # centred, to reduce cancellation below
+    rows = [CentredRows(block) for block in parameters]
     if order == "greedy" and count <= LARGE:
         return nearest(rows, np.arange(count), 0)
     if order in ("greedy", "grouped-greedy"):
@@ -55,50 +59,90 @@ def arrange(parameters: tuple[Array, ...], count: int, order: Order, seed: int =
     return _chain_groups(rows, _split(cells(features(parameters))))
 
 
-def nearest(rows: list[Array], members: Index, start: int) -> Index:
+class CentredRows:
+    """The parameters of all systems as rows [N, p] around their mean, which reduces cancellation in distances.
+
+    Args:
+        block: the parameters [N, ...].
+    """
+
+    def __init__(self, block: Rows) -> None:
+        self.block, self.width = block, math.prod(block.shape[1:])
+        self.mean = sum(rows.sum(axis=0) for _, rows in iterate(block)) / len(block)
+
+    def __getitem__(self, members: Index) -> Array:
+        """Return the rows of some systems [members, p]."""
+        return (self.block[members] - self.mean).reshape(len(members), self.width)
+
+    def parts(self, members: Index) -> list[Index]:
+        """Divide systems into parts whose rows fit in memory."""
+        return [members[tile] for tile in tiles(self.block) if tile.start < len(members)]
+
+    def distances(self, members: Index, other: int) -> Array:
+        """Return the norms of the differences of systems from another [members]."""
+        last = self[np.array([other])]
+        return np.concatenate([np.linalg.norm(self[part] - last, axis=1) for part in self.parts(members)])
+
+    def products(self, members: Index) -> tuple[Array, Callable[[int], Array]]:
+        """Return the squared norms of the rows of systems [members], and a function to their products with one of them.
+
+        Either their rows are kept, or all products, whichever is smaller.
+        """
+        if self.width <= len(members):
+            rows = self[members]
+            return np.einsum("ij,ij->i", rows, rows), lambda current: rows @ rows[current]
+        gram = np.empty((len(members), len(members)))
+        parts = self.parts(np.arange(len(members)))
+        for number, first in enumerate(parts):
+            rows = self[members[first]]
+            for second in parts[number:]:
+                products = rows @ self[members[second]].T
+                gram[np.ix_(first, second)], gram[np.ix_(second, first)] = products, products.T
+        return gram.diagonal(), gram.__getitem__
+
+
+def nearest(rows: list[CentredRows], members: Index, start: int) -> Index:
     """Run Algorithm 1: visit the nearest remaining member, starting at ``start``; the first one among equals.
 
     Args:
-        rows: blocks [N, p].
+        rows: the parameters, by block.
         members: the systems to arrange.
         start: one of them.
     """
-    selected = [block[members] for block in rows]
-    squares = [np.einsum("ij,ij->i", block, block) for block in selected]
+    products = [block.products(members) for block in rows]
     remaining = np.ones(len(members), dtype=bool)
     current = int(np.flatnonzero(members == start)[0])
     sequence = []
     for _ in members:
         sequence.append(current)
         remaining[current] = False
-        current = int(np.argmin(np.where(remaining, _distances(selected, squares, current), math.inf)))
+        current = int(np.argmin(np.where(remaining, _distances(products, current), math.inf)))
     return members[sequence]
 
 
-def _distances(rows: list[Array], squares: list[Array], current: int) -> Array:
+def _distances(products: list[tuple[Array, Callable[[int], Array]]], current: int) -> Array:
     """Return d(current, j) for all j, the sum of the blocks' norms."""
-    parts = [
-        square + square[current] - 2 * (block @ block[current]) for block, square in zip(rows, squares, strict=True)
-    ]
+    parts = [square + square[current] - 2 * with_all(current) for square, with_all in products]
     return np.sum([np.sqrt(np.maximum(part, 0)) for part in parts], axis=0)
 
 
-def _chain_groups(rows: list[Array], groups: list[Index]) -> Index:
+def _chain_groups(rows: list[CentredRows], groups: list[Index]) -> Index:
     """Arrange each group greedily, starting at the member closest to the end of the previous group."""
     sequence: list[Index] = []
     for members in groups:
         start = int(members[0])
         if sequence:
-            last = sequence[-1][-1]
-            distances = np.sum([np.linalg.norm(block[members] - block[last], axis=1) for block in rows], axis=0)
+            last = int(sequence[-1][-1])
+            distances = np.sum([block.distances(members, last) for block in rows], axis=0)
             start = int(members[np.argmin(distances)])
         sequence.append(nearest(rows, members, start))
     return np.concatenate(sequence)
 
 
-def _groups(rows: list[Array]) -> list[Index]:
+def _groups(rows: list[CentredRows]) -> list[Index]:
     """Return groups of neighbours along the first principal axis."""
-    coordinates = _principal(np.hstack(rows), 1)[:, 0]
+    everything = np.arange(len(rows[0].block))
+    coordinates = _principal(np.hstack([block[everything] for block in rows]), 1)[:, 0]
     parts = math.ceil(len(coordinates) / GROUP)
     return list(np.array_split(np.argsort(coordinates, kind="stable"), parts))
 
@@ -109,22 +153,25 @@ def _split(cells: Index) -> list[Index]:
     return np.split(by_cell, np.flatnonzero(np.diff(cells[by_cell])) + 1)
 
 
-def features(parameters: tuple[Array, ...]) -> Array:
+def features(parameters: tuple[Rows, ...]) -> Array:
     """Return a few features of each system [N, f]: the lowest frequencies of its fields, real and imaginary parts."""
     parts = []
     for block in parameters:
         if block.ndim <= 2 and block[0].size <= 2:
-            parts.append(block.reshape(len(block), -1))
+            parts.append(np.asarray(block).reshape(len(block), -1))
             continue
-        axes = tuple(range(1, block.ndim))
-        if block.ndim == 2:
-            low = np.fft.fft(block, axis=1)[:, :BLOCK]
-        else:
-            shifted = np.fft.fftshift(np.fft.fftn(block, axes=axes), axes=axes)
-            low = shifted[(slice(None), *(_centre(size) for size in block.shape[1:]))]
-        low = low.reshape(len(block), -1)
+        low = np.concatenate([_low_frequencies(rows) for _, rows in iterate(block)])
         parts += [low.real, low.imag]
     return np.hstack(parts)
+
+
+def _low_frequencies(rows: Array) -> NDArray[np.complex128]:
+    """Return the lowest frequencies of each row [rows, f]."""
+    axes = tuple(range(1, rows.ndim))
+    if rows.ndim == 2:
+        return np.fft.fft(rows, axis=1)[:, :BLOCK]
+    shifted = np.fft.fftshift(np.fft.fftn(rows, axes=axes), axes=axes)
+    return shifted[(slice(None), *(_centre(size) for size in rows.shape[1:]))].reshape(len(rows), -1)
 
 
 def _centre(size: int) -> slice:

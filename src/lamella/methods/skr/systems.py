@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from zipfile import ZIP_DEFLATED
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,7 @@ from lamella.methods.skr.files import (
     read_matrix,
     reading,
 )
+from lamella.methods.skr.rows import Parts, Rows, iterate, write_npz
 from lamella.reading import FileRefused
 from lamella.signature import Fixture
 
@@ -62,7 +64,7 @@ class LinearSystems:
     Attributes:
         load: returns A and b of a system by its index; must be picklable for other processes.
         parameters: the parameters to sort by, as blocks [N, ...]: a field, or a field and a wavenumber. Empty if
-            unknown; then the caller's order is used.
+            unknown; then the caller's order is used. Those of a family are drawn on access.
         count: the number of systems.
         n: the number of unknowns.
         description: the origin of the systems, for provenance.
@@ -73,7 +75,7 @@ class LinearSystems:
     example = Fixture("darcy:grid=8,count=5")
 
     load: Callable[[int], tuple[Any, Array]]
-    parameters: tuple[Array, ...]
+    parameters: tuple[Rows, ...]
     count: int
     n: int
     description: dict[str, Any]
@@ -102,7 +104,7 @@ class LinearSystems:
 
     @classmethod
     def of_parameters(
-        cls, blocks: tuple[Array, ...], assemble: Callable[..., tuple[Any, Array]], description: dict[str, Any]
+        cls, blocks: tuple[Rows, ...], assemble: Callable[..., tuple[Any, Array]], description: dict[str, Any]
     ) -> LinearSystems:
         """Create the systems from their parameters.
 
@@ -175,7 +177,7 @@ class LinearSystems:
     def _create(
         cls,
         load: Callable[[int], tuple[Any, Array]],
-        blocks: tuple[Array, ...],
+        blocks: tuple[Rows, ...],
         count: int,
         description: dict[str, Any],
     ) -> LinearSystems:
@@ -186,8 +188,11 @@ class LinearSystems:
                 raise LamellaError(f"the parameters are a single value for {count} systems; give one entry per system")
             if len(block) != count:
                 raise LamellaError(f"parameters of {len(block)} systems for {count} systems; give one entry per system")
-            if not np.isfinite(block).all():
-                bad = int(np.flatnonzero(~np.isfinite(block.reshape(count, -1)).all(axis=1))[0])
+            for tile, rows in iterate(block):
+                finite = np.isfinite(rows).reshape(len(rows), -1).all(axis=1)
+                if finite.all():
+                    continue
+                bad = tile.start + int(np.flatnonzero(~finite)[0])
                 raise NumericsError(f"the parameters of system {bad} are not finite; correct them or remove the system")
         first = cls(load, blocks, count, -1, description)[0]
         return cls(load, blocks, count, len(first.b), description | {"count": count, "n": len(first.b)})
@@ -232,17 +237,20 @@ class LinearSystems:
         return System(A, b)
 
     def write(self, path: str | Path) -> None:
-        """Write all systems as one .npz for :meth:`open`, with the matrices concatenated in CSR format."""
-        systems = list(self)
-        blocks: dict[str, Any] = {f"parameters_{index}": block for index, block in enumerate(self.parameters)}
-        np.savez_compressed(
-            path,
-            data=np.concatenate([each.A.data for each in systems]),
-            indices=np.concatenate([each.A.indices for each in systems]),
-            indptr=np.stack([each.A.indptr for each in systems]),
-            b=np.stack([each.b for each in systems]),
-            **blocks,
-        )
+        """Write all systems as one .npz for :meth:`open`, with the matrices concatenated in CSR format.
+
+        Each array is written system by system, for which every system is loaded several times.
+        """
+        entries = sum(each.A.nnz for each in self)
+        integer, N, n = self[0].A.indices.dtype, self.count, self.n
+        arrays = {
+            "data": Parts((entries,), np.dtype(np.float64), (each.A.data for each in self)),
+            "indices": Parts((entries,), integer, (each.A.indices for each in self)),
+            "indptr": Parts((N, n + 1), integer, (each.A.indptr for each in self)),
+            "b": Parts((N, n), np.dtype(np.float64), (each.b for each in self)),
+        }
+        blocks = {f"parameters_{index}": Parts.of(block) for index, block in enumerate(self.parameters)}
+        write_npz(path, arrays | blocks, ZIP_DEFLATED)
 
 
 def _blocks(parameters: list[Any]) -> tuple[Array, ...]:
@@ -268,7 +276,7 @@ def _item(items: list[tuple[Any, Any]], index: int) -> tuple[Any, Any]:
     return items[index]
 
 
-def _assemble(blocks: tuple[Array, ...], assemble: Callable[..., tuple[Any, Array]], index: int) -> tuple[Any, Array]:
+def _assemble(blocks: tuple[Rows, ...], assemble: Callable[..., tuple[Any, Array]], index: int) -> tuple[Any, Array]:
     return assemble(*(block[index] for block in blocks))
 
 
