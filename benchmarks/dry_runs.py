@@ -15,12 +15,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import shutil
 import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -50,10 +50,12 @@ from transformers import (
     Qwen3VLMoeForConditionalGeneration,
 )
 
+from lamella.data import CaptionedImages, InputContext
 from lamella.data.decoding import Sampling
 from lamella.data.writer import Completion, Writer, WritingRequest
 from lamella.files import Finished
 from lamella.methods.agile3d import ClickScene, SegmenterShape, Session, rooms
+from lamella.methods.laptop_diff import Denoiser, Tuples, error, predictions
 from lamella.methods.muranet import RecogniserShape, recognise, synthetic_floor_plan
 from lamella.needs import free_memory
 from lamella.results import Record
@@ -68,8 +70,9 @@ STD = 0.02  # standard deviation of random weights
 NOISE = 2**24 + 43  # random values, which are written again and again, from other positions on; a prime
 SMALL = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 8}
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-LLAVA_LAYERS, QWEN_LAYERS = 32, 8  # as many as 20 GB of memory allow
+LLAVA_LAYERS, QWEN_LAYERS, OPT_LAYERS = 16, 8, 16  # as many as the memory of a shared machine allowed
 RESERVE = 10**9  # bytes of memory that are left to others
+EVERY = 0.05  # seconds between two looks at the memory
 INSPECTION = 10  # minutes in which a model of a billion parameters is inspected
 
 
@@ -184,8 +187,8 @@ def qwen(layers: int, quick: bool) -> Path:
 
 
 def opt(quick: bool) -> Path:
-    """Return the checkpoint of OPT 6.7B, or of a small one."""
-    size = (128, 256, 2, 4) if quick else (4096, 16384, 32, 32)
+    """Return the checkpoint of OPT 6.7B with some of its layers, or of a small one."""
+    size = (128, 256, 2, 4) if quick else (4096, 16384, OPT_LAYERS, 32)
     names = ("hidden_size", "ffn_dim", "num_hidden_layers", "num_attention_heads")
     config = OPTConfig(**dict(zip(names, size, strict=True)), word_embed_proj_dim=size[0])
     return random_checkpoint(f"OPT {size[0]}", config, OPTForCausalLM, tokens)
@@ -289,14 +292,23 @@ def modes(quick: bool) -> DryRun:
 
 
 def laptop_diff(quick: bool) -> DryRun:
-    folder = stable_diffusion(quick)
-    sizes = {"tuples": 1, "sets": 0, "draws": 0, "count": 5}
-    work = command("laptop-diff", folder, images="digits", **sizes)
-    return DryRun("Stable Diffusion 1.5", "one sample for each of all blocks, then the evaluation", work)
+    folder, blocks = stable_diffusion(quick), 3
+    images = CaptionedImages.open("shapes", InputContext(), count=1)
+
+    def work() -> None:
+        denoiser = Denoiser.open(folder)
+        samples = Tuples.of(denoiser, images, 1)
+        whole = predictions(denoiser, denoiser.network, samples, 1)
+        for site in denoiser.blocks.sites[:blocks]:
+            error(predictions(denoiser, denoiser.blocks.without([site]), samples, 1), whole)
+
+    unit = f"the effect of {blocks} of the blocks on one sample of 512 x 512 pixels, in float32 as always"
+    return DryRun("Stable Diffusion 1.5", unit, work)
 
 
 def pre_rmsnorm(quick: bool) -> DryRun:
-    return DryRun("OPT 6.7B", "the whole command, written to disk", command("pre-rmsnorm", opt(quick)))
+    unit = "the whole command, written to disk"
+    return DryRun(f"OPT 6.7B, {OPT_LAYERS} of 32 layers", unit, command("pre-rmsnorm", opt(quick)))
 
 
 def slab(quick: bool) -> DryRun:
@@ -413,18 +425,26 @@ CASES: dict[str, Callable[[bool], DryRun]] = {
 
 
 def peak() -> int:
-    """Return the most bytes that this process has taken; `ru_maxrss` would start with those of its parent."""
+    """Return the most bytes that this process has taken; `ru_maxrss` cannot be reset and starts with its parent's."""
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+
+
+def end_in_time() -> None:
+    """End this process before it takes the last memory of the machine, for which the system might end another one."""
+    while free_memory() > RESERVE:
+        time.sleep(EVERY)
+    print(f"ended with {peak() / 1e9:.1f} GB: the memory of the machine is used up", file=sys.stderr)
+    os._exit(1)
 
 
 def child(name: str, quick: bool) -> None:
     """Run one case in this process, and print the result as JSON."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    # A run that needs more memory than is free fails; otherwise the system might end other processes.
-    resource.setrlimit(resource.RLIMIT_DATA, (free_memory() - RESERVE, resource.RLIM_INFINITY))
+    threading.Thread(target=end_in_time, daemon=True).start()
     prefer("bfloat16")
     prepared = CASES[name](quick)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     begin = time.process_time()
     prepared.work()
     seconds = time.process_time() - begin
