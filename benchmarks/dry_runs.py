@@ -3,10 +3,10 @@
 Unlike `full_size.py`, which estimates, everything here is created and computed, on the shapes of published models and
 with one unit of work: a few sequences, a few steps, a single answer. Every run is a process of its own with one thread.
 Memory is the most that the process takes, with Python, its libraries and mapped files; time is that of its processor
-for the unit of work, without what a case prepares before it. Nothing is extrapolated.
+for the unit of work, without what a case prepares before it. Nothing is extrapolated. Needs Linux, diffusers and timm.
 
     python benchmarks/dry_runs.py                 # an hour of one core and 40 GB of disk; resumes after an interruption
-    python benchmarks/dry_runs.py --quick         # the same on nano models
+    python benchmarks/dry_runs.py --quick         # the same on small models
     python benchmarks/dry_runs.py --only inspect  # one run, for example
 """
 
@@ -462,7 +462,7 @@ def in_process(name: str, quick: bool) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="nano models")
+    parser.add_argument("--quick", action="store_true", help="small models")
     parser.add_argument("--only", choices=CASES, help="one run")
     parser.add_argument("--child", choices=CASES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -482,6 +482,7 @@ def main() -> int:
         for name, each in done.items()
     ]
     record.table("Dry runs", ["run", "model", "unit of work", "memory, GB", "processor time, s"], rows)
+    record.check("runs that ended", f"all {len(CASES)}", str(len(done)), True if len(done) == len(CASES) else None)
     if not quick:
         checks(record, done)
     return record.finish(Path(__file__).parent / "results" / f"dry_runs{suffix}.json")
