@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -34,6 +35,7 @@ def precise(model: Model) -> Iterator[Model]:
             layers = part.get_submodule(path)
             part.set_submodule(path, nn.ModuleList([layers[index % len(layers)]]))
         yield open_model(copy.deepcopy(part).double(), name=model.name)
+        gc.collect()  # models refer to themselves, so the weights of this part would stay beside those of the next
 
 
 def is_tied(model: Any) -> bool:
