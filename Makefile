@@ -18,8 +18,10 @@ export GOMP_SPINCOUNT ?= 3000
 # mkdocs-material prints a notice about the future of MkDocs on every build; the versions here are settled.
 export NO_MKDOCS_2_WARNING := 1
 
-# The programs of benchmarks/peers.py, quantize.py and outside.py take minutes to install, so they have a target of their own.
-BENCHMARKS := $(filter-out benchmarks/peers.py benchmarks/quantize.py benchmarks/outside.py,$(wildcard benchmarks/*.py))
+# The programs of benchmarks/peers.py, quantize.py and outside.py take minutes to install, so they have a target of their own;
+# gpu.py needs a GPU.
+INSTALLING := benchmarks/peers.py benchmarks/quantize.py benchmarks/outside.py
+BENCHMARKS := $(filter-out $(INSTALLING) benchmarks/gpu.py,$(wildcard benchmarks/*.py))
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test test-slow test-ci test-all lint format lists architectures docs reproduce bench peers clean

@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import minimum_filter
 
 from lamella.data import InputContext
 from lamella.errors import CalibrationError
 from lamella.methods.muranet import FloorPlan, FloorPlans, floor_plans, synthetic_floor_plan
 from lamella.methods.muranet.drawing import OUTSIDE, Box, Drawing, draw
 from lamella.methods.muranet.frame import Frame, rotated
+from lamella.methods.muranet.raster import _inner
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -299,3 +301,9 @@ def test_what_is_no_source_is_one_line(tmp_path: Path) -> None:
     ):
         with pytest.raises(CalibrationError, match=message):
             FloorPlans.open(given, InputContext(), **how)  # type: ignore[arg-type]
+
+
+def test_eroding_a_mask_removes_what_is_near_its_edge() -> None:
+    mask = np.random.default_rng(0).random((40, 30)) < 0.97
+    expected = minimum_filter(mask, 5, mode="wrap")
+    assert 0 < expected.sum() < mask.sum() and np.array_equal(_inner(mask, 2), expected)

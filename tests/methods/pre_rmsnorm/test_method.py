@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch import nn
 
 import lamella
 from lamella.errors import ExportError, LamellaError, MethodError, PlanError
-from lamella.methods.pre_rmsnorm import pre_rmsnorm
+from lamella.methods.pre_rmsnorm import checking, pre_rmsnorm
 from lamella.methods.pre_rmsnorm.checking import output
 from lamella.plan import ModelReference, Plan, compose
 from lamella.plan.export import export, natural_form
@@ -232,3 +233,22 @@ def test_a_test_text_without_a_tokenizer_is_refused_before_anything_is_rewritten
     with pytest.raises(LamellaError, match="tokenizer") as error:
         lamella.run("pre-rmsnorm", tmp_path / "gpt2", test="stdlib")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_large_model_is_checked_layer_by_layer_with_the_same_findings(name: str, monkeypatch: Any) -> None:
+    single = open_model(built(name).model.float(), name=name)
+    whole = pre_rmsnorm(single).findings
+    monkeypatch.setattr(checking, "LARGEST", 0)
+    found = pre_rmsnorm(single).findings
+    error = found["error"].pop("float64")
+    assert 0 < error["largest"] <= 1e-10 * error["size"] and whole["error"].pop("float64")
+    assert found == whole
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_a_hook_in_any_layer_of_a_large_model_is_found(layer: int, monkeypatch: Any) -> None:
+    monkeypatch.setattr(checking, "LARGEST", 0)
+    model = built("gpt2")
+    model.model.transformer.h[layer].mlp.register_forward_hook(lambda module, given, out: out + given[0].exp())
+    assert "differs by" in refused(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -258,3 +259,17 @@ def test_what_is_forgotten_starts_from_scratch_and_nothing_else_does(axis: int) 
     step()
     moved = (one.detach() - was).movedim(axis, 0)[[1, 3]]
     torch.testing.assert_close(moved.abs(), torch.full_like(moved, 1e-2), rtol=1e-4, atol=0)  # Adam's first step
+
+
+def test_pools_in_files_are_those_in_memory_and_the_files_do_not_change(tmp_path: Path) -> None:
+    hooks = [SwitchHook(adapted()[1], ExchangeFrequency(), 100, seed=0, folder=folder) for folder in (None, tmp_path)]
+    files = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    assert len(files) == len(hooks[1].exchanges)
+    for ours, theirs in zip(*(hook.exchanges.values() for hook in hooks), strict=True):
+        for _ in range(20):
+            count = ours.available()
+            for each in (ours, theirs):
+                each.switch(count, freeze=0)
+        kept = theirs.state()
+        assert all(torch.equal(each, kept[name]) for name, each in ours.state().items())
+    assert all(file.read_bytes() == content for file, content in files.items())

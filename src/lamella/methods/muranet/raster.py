@@ -120,8 +120,10 @@ def _downscale(mask: Any, side: int) -> NDArray[np.bool_]:
 def _inner(mask: NDArray[np.bool_], by: int) -> NDArray[np.bool_]:
     """Erode a mask by ``by`` pixels."""
     for axis in (0, 1):
-        shifted = [np.roll(mask, step, axis) for step in range(-by, by + 1)]
-        mask = np.logical_and.reduce(shifted)
+        eroded = mask.copy()
+        for step in range(-by, by + 1):
+            eroded &= np.roll(mask, step, axis)
+        mask = eroded
     return mask
 
 

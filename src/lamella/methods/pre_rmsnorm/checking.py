@@ -3,22 +3,39 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import gc
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lamella.errors import MethodError
 from lamella.stack import Model, Stack, join, open_model, share
 
 ROWS, TOKENS = 2, 12
+LARGEST = 10**9  # parameters of a model that is copied in float64 as a whole
 ROUNDING = 1e-9  # relative, in float64, with a margin
 
 
-def precise(model: Model) -> Model:
-    """Return a copy in float64, in which exact identities can be distinguished from approximate ones."""
-    return open_model(copy.deepcopy(model.model).double(), name=model.name)
+def precise(model: Model) -> Iterator[Model]:
+    """Yield a copy in float64, in which exact identities can be distinguished from approximate ones.
+
+    A copy of a large model would not fit into memory. It is yielded in parts, each with one layer of every stack and
+    all that is outside of the layers: what is changed in a layer depends on that layer alone, so a form that is exact
+    for each of them is exact for all.
+    """
+    if sum(each.numel() for each in model.model.parameters()) <= LARGEST:
+        yield open_model(copy.deepcopy(model.model).double(), name=model.name)
+        return
+    for index in range(max(map(len, model.stacks.values()))):
+        part = share(model.model)
+        for stack in model.stacks.values():
+            path = stack.architecture.prefix.removesuffix(".")
+            layers = part.get_submodule(path)
+            part.set_submodule(path, nn.ModuleList([layers[index % len(layers)]]))
+        yield open_model(copy.deepcopy(part).double(), name=model.name)
+        gc.collect()  # models refer to themselves, so the weights of this part would stay beside those of the next
 
 
 def is_tied(model: Any) -> bool:

@@ -73,13 +73,14 @@ def pre_rmsnorm(
     check_floats(model)
     if any(stack.is_altered or stack.dropped for stack in model.stacks.values()):
         raise MethodError(f"{model.name} has layers that no config can express: rewrite the original model instead")
-    exact = precise(model)
+    exact = next(precise(model))
     for stack in exact.stacks.values():
         check_ignores_mean(exact, stack, seed)
+    del exact, stack
     form = form_of(model, norm, fold, tied)
     plan = Plan(model=ModelReference.of(model), rewrite=RewriteReference(name=SLUG, params=asdict(form)))
     try:
-        findings, notes = conversion(model, exact, plan, form, seed)
+        findings, notes = conversion(model, plan, form, seed)
     except PlanError as error:
         raise MethodError(f"{model.name}: {error}") from None
     return Edit(stack=model, plan=plan, findings=findings, notes=notes)

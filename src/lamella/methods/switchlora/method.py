@@ -89,7 +89,8 @@ def switchlora(
         return lora.trains(name) or (rest > 0 and not name.startswith("lamella_policy.") and BASE not in name)
 
     own(view, lambda name: BASE in name or trains(name))
-    switching = SwitchHook(lora, frequency, config.steps, config.seed)
+    pools = work.directory(f"pools-{processes.local_rank()}")
+    switching = SwitchHook(lora, frequency, config.steps, config.seed, pools)
     log = fit(
         view,
         train,

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lamella.errors import MethodError
 from lamella.methods.switchlora.optimizer import COLUMNS, ROWS, reset_state
+from lamella.needs import memory_map
 from lamella.train import Hook, Lora, TrainingRun
 from lamella.train.lora import ADAPTER
 from lamella.train.sharding import gathered, replicated
@@ -69,18 +70,21 @@ class VectorExchange:
     Args:
         layer: peft's layer, whose base weight is owned by the view; it is changed in place.
         generator: the random number generator of the pools.
+        file: where the pools are kept, so that only vectors that were exchanged take memory; None keeps all in memory.
     """
 
-    def __init__(self, layer: Any, generator: torch.Generator) -> None:
+    def __init__(self, layer: Any, generator: torch.Generator, file: Path | None = None) -> None:
         self.use(layer)
         self.scale: float = layer.scaling[ADAPTER]
         r, (m, n) = len(self.a), self.weight.shape
         q = min(m, n)
         spreads = ((m**0.5 * r / n**1.5) ** 0.25 * GAIN**0.5, (r / (m * n) ** 0.5) ** 0.25 * GAIN**0.5)
-        self.pool_a, self.pool_b = (
-            (2 * torch.rand(q, size, generator=generator) - 1) * 3**0.5 * spread
-            for size, spread in zip((n, m), spreads, strict=True)
-        )
+        pools = {
+            half: (2 * torch.rand(q, size, generator=generator) - 1) * 3**0.5 * spread
+            for half, size, spread in zip("ab", (n, m), spreads, strict=True)
+        }
+        pools = pools if file is None else memory_map(pools, file)
+        self.pool_a, self.pool_b = pools["a"], pools["b"]
         self.switches = q > r
         last = torch.arange(max(q - r, 0), max(q - r, 0) + r) % q
         self.slots_a, self.slots_b = last, last.roll(r // 2)
@@ -192,6 +196,7 @@ class SwitchHook(Hook):
         frequency: how often vectors are exchanged.
         steps: the number of steps of the run.
         seed: random seed of the pools, and of the number of exchanges per step.
+        folder: where the pools are kept; None keeps them in memory.
 
     Attributes:
         exchanges: by the name of the linear layer.
@@ -199,9 +204,16 @@ class SwitchHook(Hook):
 
     splits = True
 
-    def __init__(self, lora: Lora, frequency: ExchangeFrequency, steps: int, seed: int) -> None:
+    def __init__(
+        self, lora: Lora, frequency: ExchangeFrequency, steps: int, seed: int, folder: Path | None = None
+    ) -> None:
         generator = torch.Generator().manual_seed(seed)
-        self.exchanges = {name: VectorExchange(lora.view.get_submodule(name), generator) for name in lora.modules}
+        self.exchanges = {
+            name: VectorExchange(
+                lora.view.get_submodule(name), generator, None if folder is None else folder / f"{name}.safetensors"
+            )
+            for name in lora.modules
+        }
         self.frequency, self.steps, self.seed = frequency, steps, seed
         self.changes = base_weights(lora)
 
