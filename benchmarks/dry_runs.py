@@ -70,7 +70,7 @@ STD = 0.02  # standard deviation of random weights
 NOISE = 2**24 + 43  # random values, which are written again and again, from other positions on; a prime
 SMALL = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 8}
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-LLAVA_LAYERS, QWEN_LAYERS, OPT_LAYERS = 16, 8, 16  # as many as the memory of a shared machine allowed
+LLAVA_LAYERS, QWEN_LAYERS, OPT_LAYERS = 16, 8, 8  # as many as the memory of a shared machine allowed
 RESERVE = 10**9  # bytes of memory that are left to others
 EVERY = 0.05  # seconds between two looks at the memory
 INSPECTION = 10  # minutes in which a model of a billion parameters is inspected
@@ -171,7 +171,7 @@ def qwen(layers: int, quick: bool) -> Path:
     config = small.config
     if not quick:
         text = {"vocab_size": 151936, "hidden_size": 2048, "num_attention_heads": 32, "num_key_value_heads": 4,
-                "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768,
+                "head_dim": 128, "num_local_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768,
                 "num_hidden_layers": layers,
                 "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20],
                                     "mrope_interleaved": True}}  # fmt: skip
@@ -191,7 +191,7 @@ def opt(quick: bool) -> Path:
     size = (128, 256, 2, 4) if quick else (4096, 16384, OPT_LAYERS, 32)
     names = ("hidden_size", "ffn_dim", "num_hidden_layers", "num_attention_heads")
     config = OPTConfig(**dict(zip(names, size, strict=True)), word_embed_proj_dim=size[0])
-    return random_checkpoint(f"OPT {size[0]}", config, OPTForCausalLM, tokens)
+    return random_checkpoint(f"OPT {size[0]} {size[2]}", config, OPTForCausalLM, tokens)
 
 
 def tokens(folder: Path) -> None:
@@ -275,7 +275,7 @@ def switchlora(quick: bool) -> DryRun:
 
 
 def arank(quick: bool) -> DryRun:
-    side, layers = (56, 2) if quick else (336, LLAVA_LAYERS)
+    side, layers = (56, 4) if quick else (336, LLAVA_LAYERS)
     options = {"rows": 2, "pixels": side, "probes": 2}
     work = command("gamma-mod", llava(side, layers), further="arank", calibration="shapes:colour", **options)
     return DryRun(
