@@ -232,6 +232,16 @@ def test_the_anchor_holds_what_matters_and_says_by_epoch_what_it_did(tmp_path: P
     assert all(torch.equal(each, before[name]) for name, each in model.model.named_parameters())
 
 
+def test_before_a_run_begins_the_loss_is_that_at_the_start() -> None:
+    """As in an estimate, which records the loss without the hooks of a run."""
+    model, batch = t5(), collate(SAMPLES[:2])
+    start = dict(model.model.named_parameters())
+    hook = AnchoredLoss(Penalty(start, None), Anchor(), {}, samples=2, size=2, steps=1)
+    with torch.enable_grad():
+        loss, parts = hook.loss(model.model.eval(), batch)
+    assert parts["penalty"] == 0 and torch.equal(loss, parts["task"])
+
+
 def test_the_ratio_is_that_of_the_two_gradients(tmp_path: Path) -> None:
     model = Model(nano("t5", dropout_rate=0.0))
     found = measure_fisher(model, SAMPLES, 4)

@@ -13,6 +13,7 @@ throughout: that is ``decay="constant"``.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -160,7 +161,7 @@ class Penalty:
         Args:
             theta: the parameters by name.
         """
-        part = object.__new__(Penalty)
+        part = copy.copy(self)
         part.start = {name: sharded(self.start[name], each) for name, each in theta.items()}
         part.importance = {
             name: sharded(self.importance[name], each) if self.importance[name].ndim else self.importance[name]
@@ -269,7 +270,7 @@ class AnchoredLoss(Hook):
         self.tasks: list[float] = []  # task losses of the steps of the current epoch
         self.losses: list[Tensor] = []  # task losses of the batches of the current step
         self.strength, self.ratio = anchor.lam, 0.0
-        self.theta: Mapping[str, nn.Parameter] = {}
+        self.theta: Mapping[str, Tensor] = penalty.start
 
     def epoch(self, step: int) -> int:
         """Return the epoch of a step, both counted from 0."""
