@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import shutil
-import struct
 import subprocess
 import sys
 import tempfile
@@ -33,7 +32,7 @@ import numpy as np
 import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from full_size import LLAMA, PLANNING, SHAPES, USUAL
+from full_size import LLAMA, PLANNING, SHAPES, USUAL, header_of
 from transformers import (
     CLIPImageProcessor,
     CLIPTextConfig,
@@ -103,13 +102,7 @@ def random_checkpoint(name: str, config: Any, build: Callable[[Any], Any], files
     with init_empty_weights():
         network = build(config)
     network.tie_weights()
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    size = 0
-    for each, parameter in network.named_parameters():
-        end = size + 2 * parameter.numel()
-        header[each] = {"dtype": "BF16", "shape": list(parameter.shape), "data_offsets": [size, end]}
-        size = end
-    text = json.dumps(header).encode()
+    header, size = header_of(network)
 
     def fill(folder: Path) -> dict[str, Any]:
         config.architectures, config.dtype = [type(network).__name__], torch.bfloat16
@@ -121,7 +114,7 @@ def random_checkpoint(name: str, config: Any, build: Callable[[Any], Any], files
         )
         ones = torch.ones(NOISE, dtype=torch.bfloat16).view(torch.int16).numpy()
         with (folder / "model.safetensors").open("wb") as weights:
-            weights.write(struct.pack("<Q", len(text)) + text)
+            weights.write(header)
             for each, parameter in network.named_parameters():
                 left, start = parameter.numel(), int(generator.integers(NOISE))
                 is_norm = parameter.ndim == 1 and each.endswith("weight")

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lamella.errors import LamellaError
@@ -69,22 +70,28 @@ def checkpoint(name: str) -> Path:
     with init_empty_weights():
         network = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     network.tie_weights()
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    size = 0
-    for each, parameter in network.named_parameters():
-        end = size + 2 * parameter.numel()
-        header[each] = {"dtype": "BF16", "shape": list(parameter.shape), "data_offsets": [size, end]}
-        size = end
-    text = json.dumps(header).encode()
+    header, size = header_of(network)
     folder.mkdir(parents=True)
     config.architectures = [type(network).__name__]
     config.save_pretrained(folder)
     for file in pull("smollm2").glob("*token*"):
         shutil.copy(file, folder)
     with (folder / "model.safetensors").open("wb") as weights:
-        weights.write(struct.pack("<Q", len(text)) + text)
-        weights.truncate(8 + len(text) + size)
+        weights.write(header)
+        weights.truncate(len(header) + size)
     return folder
+
+
+def header_of(network: nn.Module) -> tuple[bytes, int]:
+    """Return the header of a safetensors file of a network in bfloat16, and the size of its tensors in bytes."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    size = 0
+    for name, parameter in network.named_parameters():
+        end = size + 2 * parameter.numel()
+        header[name] = {"dtype": "BF16", "shape": list(parameter.shape), "data_offsets": [size, end]}
+        size = end
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text, size
 
 
 def given(entry: Method, folder: Path) -> dict[str, Any] | None:
