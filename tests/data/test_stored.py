@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from lamella.data import Documents, InputContext, hold_out
-from lamella.data.stored import at, column, first_of_each, stored, where
+from lamella.data.lazy import at, column, first_of_each, where
+from lamella.data.stored import stored
 from lamella.errors import ExportError
 
 VALUES = [{"n": n, "text": f"über {n} \ud800\u2028\n" * (n % 5)} for n in range(200)]

@@ -23,10 +23,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lamella.data.context import InputContext
-from lamella.data.lazy import Lazy
+from lamella.data.lazy import Lazy, at
 from lamella.data.rows import Rows
 from lamella.data.sources import DOCUMENTED, built_in_documents, hub_rows
-from lamella.data.stored import at, stored
+from lamella.data.stored import stored
 from lamella.errors import CalibrationError
 from lamella.extras import require
 from lamella.reading import (

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from array import array
+from bisect import insort
+from collections.abc import Callable, Iterable, Sequence
+from operator import itemgetter
 from typing import Any, TypeVar, overload
 
 import torch
@@ -10,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 Item = TypeVar("Item")
+Other = TypeVar("Other")
 
 
 class Lazy(Sequence[Item], Dataset[Item]):
@@ -42,8 +46,6 @@ class Lazy(Sequence[Item], Dataset[Item]):
             return False
         return all(ours == theirs for ours, theirs in zip(self, other, strict=True))
 
-    __hash__ = None  # type: ignore[assignment]
-
 
 def batches(items: Sequence[Any] | Tensor, size: int, collate: Callable[[list[Any]], Any] = list) -> DataLoader[Any]:
     """Iterate over all items in their order, ``size`` at a time.
@@ -55,3 +57,62 @@ def batches(items: Sequence[Any] | Tensor, size: int, collate: Callable[[list[An
     """
     generator = torch.Generator()  # without one of its own, every pass would advance the global random state
     return DataLoader(items, size, collate_fn=collate, generator=generator)  # type: ignore[arg-type]
+
+
+def where(items: Sequence[Item], holds: Callable[[Item], bool]) -> Lazy[Item]:
+    """Return the items for which a condition holds, in their order, as a sequence that reads them again on access.
+
+    Args:
+        items: the items.
+        holds: the condition.
+    """
+    return at(items, array("Q", (number for number, each in enumerate(items) if holds(each))))
+
+
+def at(items: Sequence[Item], numbers: Sequence[int]) -> Lazy[Item]:
+    """Return the items with some indices, as a sequence that reads them on access.
+
+    Args:
+        items: the items.
+        numbers: the indices.
+    """
+    return Lazy(numbers, lambda number: items[number])
+
+
+def column(rows: Sequence[Any], name: str) -> Lazy[Any]:
+    """Return one value of each row, as a sequence that reads the rows on access.
+
+    Args:
+        rows: mappings.
+        name: the key of the value.
+    """
+    return mapped(rows, itemgetter(name))
+
+
+def mapped(items: Sequence[Item], function: Callable[[Item], Other]) -> Lazy[Other]:
+    """Return what a function makes of each item, as a sequence that computes it on access.
+
+    Args:
+        items: the items.
+        function: the function.
+    """
+    return Lazy(range(len(items)), lambda number: function(items[number]))
+
+
+def first_of_each(
+    items: Iterable[Item], key: Callable[[Item], int], group: Callable[[Item], Any], most: Callable[[Any], int]
+) -> dict[Any, list[Item]]:
+    """Return the items with the smallest keys in each group, smallest first; only these are in memory.
+
+    Args:
+        items: the items.
+        key: returns the key of an item.
+        group: returns the group of an item.
+        most: returns the maximum number of items of a group.
+    """
+    found: dict[Any, list[tuple[int, int, Item]]] = {}
+    for number, each in enumerate(items):
+        of_group = found.setdefault(name := group(each), [])
+        insort(of_group, (key(each), number, each))
+        del of_group[most(name) :]
+    return {name: [each for _, _, each in of_group] for name, of_group in found.items()}

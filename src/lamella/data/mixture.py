@@ -18,7 +18,7 @@ from typing import Annotated, Any, NamedTuple
 from annotated_types import Ge, Gt, Le, Lt
 
 from lamella.data.documents import seed_of
-from lamella.data.lazy import Lazy
+from lamella.data.lazy import Lazy, mapped
 from lamella.data.writer import Writer
 from lamella.errors import MethodError
 from lamella.zoo import open_tokenizer
@@ -185,12 +185,12 @@ def mix(
     mixture = Mixture(sizes, shares, epochs, seed)
     picks = mixture.picks(mixture.once() if tokens is None else tokens)
 
-    def row(number: int) -> dict[str, Any]:
-        name, place = picks[number]
+    def row(pick: Pick) -> dict[str, Any]:
+        name, place = pick
         found = sources[name][place]
         return {"text": found["text"], "id": found["id"], "source": name}
 
-    return Lazy(range(len(picks)), row), {"by": "tokens", "maximum epochs": epochs, "sources": mixture.account(picks)}
+    return mapped(picks, row), {"by": "tokens", "maximum epochs": epochs, "sources": mixture.account(picks)}
 
 
 @dataclass(frozen=True)

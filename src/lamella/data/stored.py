@@ -6,14 +6,11 @@ import json
 import os
 import tempfile
 from array import array
-from bisect import insort
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterable
+from typing import Any
 
 from lamella.data.lazy import Lazy
 from lamella.errors import ExportError
-
-Item = TypeVar("Item")
 
 
 def stored(values: Iterable[Any]) -> Lazy[Any]:
@@ -44,52 +41,3 @@ def stored(values: Iterable[Any]) -> Lazy[Any]:
         return json.loads(os.pread(file.fileno(), ends[number + 1] - ends[number], ends[number]))
 
     return Lazy(range(len(ends) - 1), read)
-
-
-def where(items: Sequence[Item], holds: Callable[[Item], bool]) -> Lazy[Item]:
-    """Return the items for which a condition holds, in their order, as a sequence that reads them again on access.
-
-    Args:
-        items: the items.
-        holds: the condition.
-    """
-    return at(items, array("Q", (number for number, each in enumerate(items) if holds(each))))
-
-
-def at(items: Sequence[Item], numbers: Sequence[int]) -> Lazy[Item]:
-    """Return the items with some indices, as a sequence that reads them on access.
-
-    Args:
-        items: the items.
-        numbers: the indices.
-    """
-    return Lazy(numbers, lambda number: items[number])
-
-
-def column(rows: Sequence[Any], name: str) -> Lazy[Any]:
-    """Return one value of each row, as a sequence that reads the rows on access.
-
-    Args:
-        rows: mappings.
-        name: the key of the value.
-    """
-    return Lazy(range(len(rows)), lambda number: rows[number][name])
-
-
-def first_of_each(
-    items: Iterable[Item], key: Callable[[Item], int], group: Callable[[Item], Any], most: Callable[[Any], int]
-) -> dict[Any, list[Item]]:
-    """Return the items with the smallest keys in each group, smallest first; only these are in memory.
-
-    Args:
-        items: the items.
-        key: returns the key of an item.
-        group: returns the group of an item.
-        most: returns the maximum number of items of a group.
-    """
-    found: dict[Any, list[tuple[int, int, Item]]] = {}
-    for number, each in enumerate(items):
-        of_group = found.setdefault(name := group(each), [])
-        insort(of_group, (key(each), number, each))
-        del of_group[most(name) :]
-    return {name: [each for _, _, each in of_group] for name, of_group in found.items()}

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lamella.data import Document, Documents, Lazy
+from lamella.data import Document, Documents
+from lamella.data.lazy import mapped
 from lamella.data.sources import MIXTURE
 from lamella.extras import require
 from lamella.results.corpus import Corpus, write_rows
@@ -71,7 +72,7 @@ class MixedCorpus(Corpus):
         return cls(
             items=rows,
             train=train,
-            test=Lazy(range(len(held_out)), lambda n: {"text": held_out[n].text, "id": held_out[n].id}),
+            test=mapped(held_out, lambda each: {"text": each.text, "id": each.id}),
             parquet=parquet,
             findings={"documents": counts, **findings, "mixture": mixture, "corpus": digest.hexdigest()},
             notes=[*documents.broken.note(), *notes],

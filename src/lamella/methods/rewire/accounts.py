@@ -11,7 +11,7 @@ from statistics import fmean, median
 from typing import Any
 
 from lamella.data import seed_of
-from lamella.data.stored import column, first_of_each, where
+from lamella.data.lazy import column, first_of_each, where
 from lamella.measure import spearman
 from lamella.methods.rewire.guiding import FAILURES
 

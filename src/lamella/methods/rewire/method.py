@@ -29,8 +29,8 @@ import numpy as np
 from annotated_types import Ge, Gt, Le
 
 from lamella.data import Blend, Document, Documents, Lazy, Sampling, Writer, hold_out
+from lamella.data.lazy import at, column, mapped, where
 from lamella.data.steps import DocumentGeneration, process_documents
-from lamella.data.stored import at, column, where
 from lamella.errors import CalibrationError
 from lamella.evaluate import writing_cost
 from lamella.files import Work
@@ -216,7 +216,7 @@ def score(
     Raises:
         CalibrationError: for a pool of fewer than two documents, no positives, or a model that cannot be used.
     """
-    ids, texts = Lazy(range(len(documents)), lambda number: documents[number].id), texts_of(documents)
+    ids, texts = mapped(documents, lambda document: document.id), texts_of(documents)
     if trained is not None:
         scores = TrainedFastText(trained, good_label)(texts)
     elif positives is None:
@@ -279,7 +279,7 @@ def select(
     train, mixture = blend.mix_counted(sets, lambda row: row["n_out_tok"], seed)
     return MixedCorpus.of(
         rows,
-        Documents(Lazy(range(len(rows)), lambda number: Document(rows[number]["id"], rows[number]["source_text"]))),
+        Documents(mapped(rows, lambda row: Document(row["id"], row["source_text"]))),
         rewritten.held_out,
         train,
         mixture,
@@ -299,11 +299,10 @@ def sets_of(rows: Sequence[dict[str, Any]]) -> dict[str, Sequence[dict[str, Any]
     """
     raw = where(rows, lambda row: row["in_raw"])
 
-    def source(number: int) -> dict[str, Any]:
-        row = raw[number]
+    def source(row: dict[str, Any]) -> dict[str, Any]:
         return {"id": row["id"], "text": row["source_text"], "n_out_tok": row["n_src_tok"]}
 
-    return {RAW: Lazy(range(len(raw)), source), SYNTHETIC: where(rows, lambda row: row["in_syn"])}
+    return {RAW: mapped(raw, source), SYNTHETIC: where(rows, lambda row: row["in_syn"])}
 
 
 def notes(sets: Mapping[str, Sequence[dict[str, Any]]]) -> list[str]:

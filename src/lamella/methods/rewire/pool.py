@@ -16,7 +16,7 @@ from typing import Annotated
 from annotated_types import Ge, Gt, Le
 
 from lamella.data import Document, Lazy
-from lamella.data.stored import at
+from lamella.data.lazy import at, mapped
 from lamella.extras import require
 from lamella.workers import Workers
 
@@ -99,7 +99,7 @@ def pool_of(
 
 def texts_of(documents: Sequence[Document]) -> Lazy[str]:
     """Return the texts of documents, read on access."""
-    return Lazy(range(len(documents)), lambda number: documents[number].text)
+    return mapped(documents, lambda document: document.text)
 
 
 def near_duplicates(texts: Sequence[str], folder: Path, workers: Workers = Workers()) -> set[int]:  # noqa: B008, frozen

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lamella.data import Documents, InputContext, seed_of
-from lamella.data.stored import at
+from lamella.data.lazy import at
 from lamella.errors import CalibrationError
 from lamella.extras import require
 

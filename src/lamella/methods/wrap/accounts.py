@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from lamella.data import Document, seed_of
-from lamella.data.stored import first_of_each, where
+from lamella.data.lazy import first_of_each, where
 from lamella.measure import Embedder, similarities
 from lamella.methods.wrap.cleaning import REASONS
 

@@ -31,9 +31,9 @@ from typing import Annotated, Any
 
 from annotated_types import Ge, MinLen
 
-from lamella.data import Blend, Document, Documents, Lazy, Sampling, Writer, hold_out, load_text
+from lamella.data import Blend, Document, Documents, Sampling, Writer, hold_out, load_text
+from lamella.data.lazy import mapped, where
 from lamella.data.steps import DocumentGeneration, process_documents
-from lamella.data.stored import where
 from lamella.errors import MethodError
 from lamella.evaluate import writing_cost
 from lamella.files import Work
@@ -195,10 +195,9 @@ def real_rows(
         if row["skipped"] == "evaluation":
             removed.setdefault(row["id"], set()).add(row["chunk_idx"])
 
-    def rest(number: int) -> dict[str, Any]:
-        each = documents[number]
+    def rest(each: Document) -> dict[str, Any]:
         parts = passages(each.text, writer.count, cutting.longest) if each.id in removed else [each.text]
         text = "".join(part for index, part in enumerate(parts) if index not in removed.get(each.id, ()))
         return {"id": each.id, "text": text}
 
-    return where(Lazy(range(len(documents)), rest), lambda row: bool(row["text"].strip()))
+    return where(mapped(documents, rest), lambda row: bool(row["text"].strip()))
