@@ -189,6 +189,8 @@ class Evaluations:
 
     def spans(self, text: str) -> list[tuple[int, int]]:
         """Return the character ranges of a text that are shared with one of them."""
+        if not self.known:
+            return []
         found = [(match.group().lower(), match.start(), match.end()) for match in re.finditer(r"\w+", text)]
         words = [word for word, _, _ in found]
         return [
