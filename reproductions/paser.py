@@ -364,6 +364,20 @@ class Recovery:
         either = {on_mean.at_least(GAIN), on_worst.at_least(GAIN_WORST)}
         return f"{on_mean}, {on_worst}", True if True in either else None if None in either else False
 
+    def seeds_for(self, arm: str, pilot: Sequence[int]) -> int:
+        """Return the number of seeds that decides whether an arm is better than random samples in one of both means.
+
+        Args:
+            arm: the arm.
+            pilot: seeds that are not used again.
+        """
+        means = self.differences(arm, "random", pilot).mean(axis=1)
+        worst = np.array([self.worst(arm, seed) - self.worst("random", seed) for seed in pilot])
+        return min(
+            seeds_needed(gains.tolist(), max(abs(float(gains.mean()) - least), 1.0), MOST)
+            for gains, least in ((means, GAIN), (worst, GAIN_WORST))
+        )
+
     def worst(self, arm: str, seed: int) -> float:
         return min(by_skill(self.items(arm, seed), self.held_out).values())
 
@@ -392,16 +406,15 @@ def recovery(run: Run, healing: Recovery, pilot: Sequence[int]) -> None:
     """Compare selections of equal size, trained for equal steps at their best rates."""
     premises(run, [healing.model(seed) for seed in pilot])
     healing.tune(pilot[:2], RATES)
-    run.premise("training on the damaged skills alone - on random samples, accuracy", ENOUGH,
-                *healing.better("damaged skills", "random", pilot))  # fmt: skip
-    found = healing.differences("paser", "random", pilot).mean(axis=1)
-    margin = max(abs(float(found.mean()) - GAIN), 1.0)
-    seeds = [len(pilot) + k for k in range(max(FEWEST, seeds_needed(found.tolist(), margin, MOST)))]
+    count = max(FEWEST, healing.seeds_for("damaged skills", pilot), healing.seeds_for("paser", pilot))
+    seeds = [len(pilot) + k for k in range(count)]
     run.freeze(
         "mean over seeds and test items of paser - random, and the mean over seeds of the same for the worst skill",
         seeds, steps=healing.steps, pool=healing.size, budget=BUDGET, rare=RARE, healing=healing.healing,
         grid=list(RATES), rates=healing.rates,
     )  # fmt: skip
+    run.premise("training on the damaged skills alone - on random samples, accuracy", ENOUGH,
+                *healing.better("damaged skills", "random", seeds))  # fmt: skip
     rows = []
     for arm in ("none", *ARMS):
         items = [healing.items(arm, seed) for seed in seeds]
