@@ -11,10 +11,11 @@ The main claim, on both models: the repair removes 80 % of the insults at 10 % m
 insults against perplexity encloses more than those of training everything (DAPT, DAPT with KL, DPO), each at its own
 rate and warm-up, over 600 steps. The front is judged by its hypervolume: the mean over all cuts of the insults, from
 none to all, of how far the lowest loss on clean text that reaches the cut stays below 10 % more perplexity; a cut that
-is not reached counts as 0. Further checks are the same over one pass of the pairs, and other choices of the layer. Then
-SmolLM2 is trained to begin answers with "As an AI language model," and repaired.
+is not reached counts as 0. Eight seeds are compared; three others, which gave their number, left the claim undecided.
+Further checks are the same over one pass of the pairs, and other choices of the layer. Then SmolLM2 is trained to begin
+answers with "As an AI language model," and repaired.
 
-    python reproductions/irepair.py            # about an hour and a half on one core; an interrupted run resumes
+    python reproductions/irepair.py            # about two hours on one core; an interrupted run resumes
     python reproductions/irepair.py --small    # without SmolLM2
     python reproductions/irepair.py --quick    # a smaller model and one seed, under a minute
 """
@@ -66,6 +67,8 @@ PROMPT, NEW = 24, 20  # tokens
 BALANCING = 8  # rounds
 WINDOWS = 150  # of clean text at most to choose on, and as many to test on
 PILOT = 100  # seed of the models by which rates and warm-up are chosen
+SEEDS = 8
+AFTER = 3  # seeds of the models that gave the number of seeds
 RATES, WARMUPS = [5e-5, 1.5e-4, 4.5e-4], (40, 150)
 LIMIT = float(np.log(1.1))  # nats of additional loss, the perplexity that a repair may cost
 SAME = 0.5  # of the batches, to which one layer of the balanced model may be the most sensitive
@@ -615,7 +618,7 @@ def experiment(run: Run) -> None:
     )
     size = QUICK if run.quick else FULL
     scales = [size] if run.quick else [size, replace(size, balanced=True)]
-    seeds = range(run.seed, run.seed + (1 if run.quick else 3))
+    seeds = range(run.seed + AFTER, run.seed + AFTER + (1 if run.quick else SEEDS))
     for scale in scales:
         premise(run, scale, seeds if run.quick else [PILOT, *seeds])
     recipes = {scale.name: chosen_recipes(run, scale) for scale in scales}
