@@ -3,8 +3,8 @@
 The main claim is that the selection heals better than a random one of equal size in equal steps, in a pool in which
 damaged skills are rare, so that choosing matters: the premise is that training on them alone is better than on random
 samples. The learning rate of every arm is tuned. Other arms have true skills as clusters, other clusters, no concepts,
-or the whole pool. Further checks are clusters of real instructions, whether damage ranks skills like their lost
-accuracy, whether wrong answers are chosen, and a selection for SmolLM2.
+random samples in clusters of the same budgets, or the whole pool. Further checks are clusters of real instructions,
+whether damage ranks skills like their lost accuracy, whether wrong answers are chosen, and a selection for SmolLM2.
 
     python reproductions/paser.py            # about 90 minutes on one core; an interrupted run resumes
     python reproductions/paser.py --quick    # a barely trained model, which does not meet the premise
@@ -110,7 +110,8 @@ CLUSTERINGS = {
     "paser, tfidf": Clustering("tfidf", graph="knn"),
 }
 KNOWN, NO_CONCEPTS = CLUSTERINGS["paser, true skills"], "paser, true skills, no concepts"
-ARMS = ("random", "damaged skills", *CLUSTERINGS, NO_CONCEPTS, "whole pool")
+BUDGETS = "paser's budgets, random samples"
+ARMS = ("random", "damaged skills", *CLUSTERINGS, NO_CONCEPTS, BUDGETS, "whole pool")
 
 
 ANIMALS = ("cat", "dog", "horse", "bird", "fish", "mouse", "cow", "goat")
@@ -286,6 +287,12 @@ def selected(seed: int, steps: int, cut: str, damaged: Sequence[str], size: int)
         skills = [list(SKILLS).index(each["id"].split("-")[0]) for each in found["samples"]]
         labels = np.array([each["cluster"] for each in found["samples"]])
         purity[name], clusters[name] = pure(labels, np.array(skills)), len(found["clusters"])
+        if name == "paser":
+            chosen[BUDGETS] = [
+                index_of[found["samples"][k]["id"]]
+                for each in found["clusters"]
+                for k in drawn.sample(np.flatnonzero(labels == each["cluster"]).tolist(), each["selected"])
+            ]
     rare = {name: float(np.mean([skill_of(pool[k]) in damaged for k in each])) for name, each in chosen.items()}
     return {"chosen": chosen, "rare": rare, "purity": purity, "clusters": clusters}
 
@@ -434,7 +441,7 @@ def recovery(run: Run, healing: Recovery, pilot: Sequence[int]) -> None:
     run.main("paser - random, accuracy", ENOUGH, *healing.better("paser", "random", seeds))
     for arm, other in (
         ("paser, true skills", "random"), ("paser", "paser, tfidf"), ("paser, true skills", NO_CONCEPTS),
-        ("paser", "whole pool"),
+        (BUDGETS, "random"), ("paser", BUDGETS), ("paser", "whole pool"),
     ):  # fmt: skip
         gain = healing.gain(arm, other, seeds)
         run.further(f"{arm} - {other}, mean accuracy, points", "at least 0", gain, gain.at_least(0))
