@@ -1,10 +1,11 @@
 """PASER at small scale: character-level Llamas with five skills, of which a cut damages one or two, and SmolLM2.
 
 The main claim is that the selection heals better than a random one of equal size in equal steps, in a pool in which
-damaged skills are rare, so that choosing matters: the premise is that training on them alone is better than on random
-samples. The learning rate of every arm is tuned. Other arms have true skills as clusters, other clusters, no concepts,
-random samples in clusters of the same budgets, or the whole pool. Further checks are clusters of real instructions,
-whether damage ranks skills like their lost accuracy, whether wrong answers are chosen, and a selection for SmolLM2.
+damaged skills are rare, so that choosing matters: the premise is that training on the whole pool is better than on
+random samples, whose choice could not matter otherwise. The learning rate of every arm is tuned. Other arms have the
+damaged skills alone, true skills as clusters, other clusters, no concepts, random samples in clusters of the same
+budgets, or the whole pool. Further checks are clusters of real instructions, whether damage ranks skills like their
+lost accuracy, whether wrong answers are chosen, and a selection for SmolLM2.
 
     python reproductions/paser.py            # about 90 minutes on one core; an interrupted run resumes
     python reproductions/paser.py --quick    # a barely trained model, which does not meet the premise
@@ -413,15 +414,15 @@ def recovery(run: Run, healing: Recovery, pilot: Sequence[int]) -> None:
     """Compare selections of equal size, trained for equal steps at their best rates."""
     premises(run, [healing.model(seed) for seed in pilot])
     healing.tune(pilot[:2], RATES)
-    count = max(FEWEST, healing.seeds_for("damaged skills", pilot), healing.seeds_for("paser", pilot))
+    count = max(FEWEST, healing.seeds_for("whole pool", pilot), healing.seeds_for("paser", pilot))
     seeds = [len(pilot) + k for k in range(count)]
     run.freeze(
         "mean over seeds and test items of paser - random, and the mean over seeds of the same for the worst skill",
         seeds, steps=healing.steps, pool=healing.size, budget=BUDGET, rare=RARE, healing=healing.healing,
         grid=list(RATES), rates=healing.rates,
     )  # fmt: skip
-    run.premise("training on the damaged skills alone - on random samples, accuracy", ENOUGH,
-                *healing.better("damaged skills", "random", seeds))  # fmt: skip
+    run.premise("training on the whole pool - on random samples, accuracy", ENOUGH,
+                *healing.better("whole pool", "random", seeds))  # fmt: skip
     rows = []
     for arm in ("none", *ARMS):
         items = [healing.items(arm, seed) for seed in seeds]
@@ -440,8 +441,8 @@ def recovery(run: Run, healing: Recovery, pilot: Sequence[int]) -> None:
     )
     run.main("paser - random, accuracy", ENOUGH, *healing.better("paser", "random", seeds))
     for arm, other in (
-        ("paser, true skills", "random"), ("paser", "paser, tfidf"), ("paser, true skills", NO_CONCEPTS),
-        (BUDGETS, "random"), ("paser", BUDGETS), ("paser", "whole pool"),
+        ("damaged skills", "random"), ("paser, true skills", "random"), ("paser", "paser, tfidf"),
+        ("paser, true skills", NO_CONCEPTS), (BUDGETS, "random"), ("paser", BUDGETS), ("paser", "whole pool"),
     ):  # fmt: skip
         gain = healing.gain(arm, other, seeds)
         run.further(f"{arm} - {other}, mean accuracy, points", "at least 0", gain, gain.at_least(0))
