@@ -5,7 +5,7 @@ with one unit of work: a few sequences, a few steps, a single answer. Every run 
 Memory is the most that the process takes, with Python, its libraries and mapped files; time is that of its processor
 for the unit of work, without what a case prepares before it. Nothing is extrapolated. Needs Linux, diffusers and timm.
 
-    python benchmarks/dry_runs.py                 # an hour of one core and 40 GB of disk; resumes after an interruption
+    python benchmarks/dry_runs.py                 # 90 minutes of a core and 90 GB of disk; resumes when interrupted
     python benchmarks/dry_runs.py --quick         # the same on small models
     python benchmarks/dry_runs.py --only inspect  # one run, for example
 """
@@ -69,9 +69,9 @@ STD = 0.02  # standard deviation of random weights
 NOISE = 2**24 + 43  # random values, which are written again and again, from other positions on; a prime
 SMALL = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 8}
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-LLAVA_LAYERS, QWEN_LAYERS, OPT_LAYERS = 16, 8, 8  # as many as the memory of a shared machine allowed
+QWEN_LAYERS = 8  # as many as the memory of a shared machine allowed
 RESERVE = 10**9  # bytes of memory that are left to others
-FLAT = 100  # MB by which 270 MB more of documents may raise the memory
+FLAT = 100  # MB by which 2.7 GB more of documents may raise the memory
 EVERY = 0.05  # seconds between two looks at the memory
 
 
@@ -135,7 +135,7 @@ def llama(name: str, quick: bool) -> Path:
 
 
 def llava(side: int, layers: int) -> Path:
-    """Return the checkpoint of LLaVA-1.5 with some of its layers, or of a small one for small images."""
+    """Return the checkpoint of LLaVA-1.5, or of a small one for small images."""
     small = side < 336
     tokenizer = word_tokenizer()
     sizes = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
@@ -180,8 +180,8 @@ def qwen(layers: int, quick: bool) -> Path:
 
 
 def opt(quick: bool) -> Path:
-    """Return the checkpoint of OPT 6.7B with some of its layers, or of a small one."""
-    size = (128, 256, 2, 4) if quick else (4096, 16384, OPT_LAYERS, 32)
+    """Return the checkpoint of OPT 6.7B, or of a small one."""
+    size = (128, 256, 2, 4) if quick else (4096, 16384, 32, 32)
     names = ("hidden_size", "ffn_dim", "num_hidden_layers", "num_attention_heads")
     config = OPTConfig(**dict(zip(names, size, strict=True)), word_embed_proj_dim=size[0])
     return random_checkpoint(f"OPT {size[0]} {size[2]}", config, OPTForCausalLM, tokens)
@@ -268,12 +268,10 @@ def switchlora(quick: bool) -> DryRun:
 
 
 def arank(quick: bool) -> DryRun:
-    side, layers = (56, 4) if quick else (336, LLAVA_LAYERS)
+    side, layers = (56, 4) if quick else (336, 32)
     options = {"rows": 2, "pixels": side, "probes": 2}
     work = command("gamma-mod", llava(side, layers), further="arank", calibration="shapes:colour", **options)
-    return DryRun(
-        f"LLaVA-1.5 7B, {layers} of 32 layers", "attention ranks of all layers for two images of 576 tokens", work
-    )
+    return DryRun("LLaVA-1.5 7B", "attention ranks of all layers for two images of 576 tokens", work)
 
 
 def modes(quick: bool) -> DryRun:
@@ -301,7 +299,7 @@ def laptop_diff(quick: bool) -> DryRun:
 
 def pre_rmsnorm(quick: bool) -> DryRun:
     unit = "the whole command, written to disk"
-    return DryRun(f"OPT 6.7B, {OPT_LAYERS} of 32 layers", unit, command("pre-rmsnorm", opt(quick)))
+    return DryRun("OPT 6.7B", unit, command("pre-rmsnorm", opt(quick)))
 
 
 def slab(quick: bool) -> DryRun:
@@ -379,7 +377,7 @@ class Echo(Writer):
         return {"name": self.name}
 
 
-def wrap(quick: bool, megabytes: int = 300) -> DryRun:
+def wrap(quick: bool, megabytes: int = 3000) -> DryRun:
     """Rephrase a file of documents with an echo."""
     megabytes = 1 if quick else megabytes
     file = cache_folder() / "benchmarks" / f"documents-{megabytes}.jsonl"
@@ -413,7 +411,7 @@ CASES: dict[str, Callable[[bool], DryRun]] = {
     "muranet read": muranet,
     "skr": skr,
     "wrap": wrap,
-    "wrap, a tenth": partial(wrap, megabytes=30),
+    "wrap, a tenth": partial(wrap, megabytes=300),
     "lora-recycling merge": lora_recycling,
 }
 
