@@ -414,15 +414,15 @@ def recovery(run: Run, healing: Recovery, pilot: Sequence[int]) -> None:
     """Compare selections of equal size, trained for equal steps at their best rates."""
     premises(run, [healing.model(seed) for seed in pilot])
     healing.tune(pilot[:2], RATES)
-    count = max(FEWEST, healing.seeds_for("whole pool", pilot), healing.seeds_for("paser", pilot))
+    count = max(FEWEST, healing.seeds_for("paser", pilot))
     seeds = [len(pilot) + k for k in range(count)]
     run.freeze(
         "mean over seeds and test items of paser - random, and the mean over seeds of the same for the worst skill",
         seeds, steps=healing.steps, pool=healing.size, budget=BUDGET, rare=RARE, healing=healing.healing,
         grid=list(RATES), rates=healing.rates,
     )  # fmt: skip
-    run.premise("training on the whole pool - on random samples, accuracy", ENOUGH,
-                *healing.better("whole pool", "random", seeds))  # fmt: skip
+    more = healing.gain("whole pool", "random", seeds)
+    run.premise("training on the whole pool - on random samples, accuracy", "above 0", more, more.at_least(0))
     rows = []
     for arm in ("none", *ARMS):
         items = [healing.items(arm, seed) for seed in seeds]
