@@ -197,7 +197,7 @@ def main(experiment: Callable[[Run], None], *, seed: int = 0, quick: str, **vari
     try:
         experiment(run)
     except PremiseNotMet as error:
-        print(f"The experiment ends here, since its premise is not met: {error}", file=sys.stderr)
+        print(f"The experiment ends here, since its premise was not shown: {error}", file=sys.stderr)
     verdict = run.finish(script.parent / "results" / f"{name}.json")
     shutil.rmtree(work, ignore_errors=True)  # a finished run measures everything again next time
     return verdict

@@ -147,16 +147,17 @@ def test_what_computes_something_else_is_measured_anew(example, run, change):
     assert example.ran == (["second"] if change == "name" else ["opening", "first", "second"])
 
 
-def test_an_experiment_ends_where_its_premise_is_not_met(example, run):
+@pytest.mark.parametrize(("passed", "verdict"), [(False, "premise not met"), (None, "undecided")])
+def test_an_experiment_ends_where_its_premise_is_not_met(passed, verdict, example, run):
     example.change(
         '    run.part("judged", judged, LIMIT)',
-        """\
-    run.premise("the effect", "at least 0.5", 0.25, False)
+        f"""\
+    run.premise("the effect", "at least 0.5", 0.25, {passed})
     run.part("judged", judged, LIMIT)""",
     )
     assert run() == 1 and example.ran == ["opening"]
     document = json.loads(example.results())
-    assert document["verdict"] == "premise not met" and [each["kind"] for each in document["checks"]] == ["premise"]
+    assert document["verdict"] == verdict and [each["kind"] for each in document["checks"]] == ["premise"]
 
 
 def test_a_frozen_design_is_written_with_its_digest_and_cannot_be_frozen_again(example, run):
@@ -252,9 +253,12 @@ def test_committed_results_know_the_main_claim_and_agree_with_their_checks(scrip
         return
     document = json.loads(results.read_text())
     assert all(check["kind"] in get_args(Kind) for check in document["checks"])
-    main = [check["passed"] for check in document["checks"] if check["kind"] == "main"]
+    main, premises = ([check["passed"] for check in document["checks"] if check["kind"] == kind]
+                      for kind in ("main", "premise"))  # fmt: skip
     expected = "does not hold" if False in main else "undecided" if None in main else "holds"
-    assert main and document["verdict"] in (expected, "premise not met")
+    if not all(premises):
+        expected = "premise not met" if False in premises else "undecided"
+    assert (main or not all(premises)) and document["verdict"] == expected
 
 
 def test_a_mean_over_seeds_decides_where_its_interval_leaves_the_threshold_out(monkeypatch):

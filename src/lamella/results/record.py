@@ -85,7 +85,8 @@ class Record:
             passed: whether the check holds; None if it is within the measurement noise.
 
         Raises:
-            PremiseNotMet: if it does not hold, so that the claim cannot be tested on this model and data.
+            PremiseNotMet: if it does not hold, so that the claim cannot be tested on this model and data, or is
+                undecided.
         """
         self.check(name, expected, measured, passed, "premise")
         if not passed:
@@ -131,9 +132,12 @@ class Record:
 
     @property
     def verdict(self) -> Verdict:
-        """The verdict on all parts of the main claim; on all checks if none is of that kind."""
-        if any(check.get("kind") == "premise" and not check["passed"] for check in self.checks):
+        """The verdict on all parts of the main claim after its premises; on all checks if none is of that kind."""
+        premises = [check["passed"] for check in self.checks if check.get("kind") == "premise"]
+        if False in premises:
             return PREMISE
+        if None in premises:
+            return UNDECIDED
         return VERDICTS[together([c["passed"] for c in self.checks if c.get("kind") == "main"] or self.passed)]
 
     @property
