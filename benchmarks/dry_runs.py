@@ -73,6 +73,7 @@ QWEN_LAYERS = 8  # as many as the memory of a shared machine allowed
 RESERVE = 10**9  # bytes of memory that are left to others
 FLAT = 100  # MB by which 2.7 GB more of documents may raise the memory
 EVERY = 0.05  # seconds between two looks at the memory
+INSPECTION = 10  # minutes in which a model of a billion parameters is inspected
 
 
 @dataclass
@@ -486,6 +487,9 @@ def checks(record: Record, done: dict[str, dict[str, Any]]) -> None:
     if planned:
         name, most = "planning a model of 3 billion parameters", max(planned)
         record.check(name, f"at most {PLANNING} GB", f"{most:.1f} GB", most <= PLANNING)
+    if "inspect" in done:
+        minutes = done["inspect"]["seconds"] / 60
+        record.check(f"inspecting {USUAL}", f"at most {INSPECTION} minutes", f"{minutes:.1f}", minutes <= INSPECTION)
     if {"wrap", "wrap, a tenth"} <= done.keys():
         growth = (done["wrap"]["bytes"] - done["wrap, a tenth"]["bytes"]) / 1e6
         record.check(
