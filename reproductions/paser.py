@@ -91,6 +91,7 @@ RARE = 0.15  # of the pool, for damaged skills
 BUDGET = 0.1  # of the pool
 STEPS, POOL, HEALING = 3000, 2000, 100  # of training the models, samples, and steps of healing
 FEWEST, MOST = 6, 10  # seeds
+AFTER = 9  # seeds start here: smaller ones chose the rates, or were compared with rates of two models
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 GAIN, GAIN_WORST = 2.0, 5.0  # points of accuracy over random samples, on the mean or on the worst skill
 ENOUGH = f"at least {GAIN:g} points more on the mean, or {GAIN_WORST:g} on the worst skill"
@@ -373,7 +374,7 @@ class Recovery:
         return f"{on_mean}, {on_worst}", True if True in either else None if None in either else False
 
     def seeds_for(self, arm: str, pilot: Sequence[int]) -> int:
-        """Return the number of seeds that decides whether an arm is better than random samples in one of both means.
+        """Return the number of seeds that decides whether an arm is better than random samples, in each of both means.
 
         Args:
             arm: the arm.
@@ -381,7 +382,7 @@ class Recovery:
         """
         means = self.differences(arm, "random", pilot).mean(axis=1)
         worst = np.array([self.worst(arm, seed) - self.worst("random", seed) for seed in pilot])
-        return min(
+        return max(
             seeds_needed(gains.tolist(), max(abs(float(gains.mean()) - least), 1.0), MOST)
             for gains, least in ((means, GAIN), (worst, GAIN_WORST))
         )
@@ -413,9 +414,9 @@ def premises(run: Run, models: Sequence[Mapping[str, Any]]) -> None:
 def recovery(run: Run, healing: Recovery, pilot: Sequence[int]) -> None:
     """Compare selections of equal size, trained for equal steps at their best rates."""
     premises(run, [healing.model(seed) for seed in pilot])
-    healing.tune(pilot[:2], RATES)
+    healing.tune(pilot, RATES)
     count = max(FEWEST, healing.seeds_for("paser", pilot))
-    seeds = [len(pilot) + k for k in range(count)]
+    seeds = [AFTER + k for k in range(count)]
     run.freeze(
         "mean over seeds and test items of paser - random, and the mean over seeds of the same for the worst skill",
         seeds, steps=healing.steps, pool=healing.size, budget=BUDGET, rare=RARE, healing=healing.healing,
