@@ -13,6 +13,7 @@ for the unit of work, without what a case prepares before it. Nothing is extrapo
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import os
 import shutil
@@ -52,7 +53,7 @@ from transformers import (
 from lamella.data import CaptionedImages, InputContext
 from lamella.data.decoding import Sampling
 from lamella.data.writer import Completion, Writer, WritingRequest
-from lamella.files import Finished
+from lamella.files import Finished, replacing
 from lamella.methods.agile3d import ClickScene, SegmenterShape, Session, rooms
 from lamella.methods.laptop_diff import Denoiser, Tuples, error, predictions
 from lamella.methods.muranet import RecogniserShape, recognise, synthetic_floor_plan
@@ -71,7 +72,7 @@ SMALL = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 QWEN_LAYERS = 8  # as many as the memory of a shared machine allowed
 RESERVE = 10**9  # bytes of memory that are left to others
-FLAT = 100  # MB by which 2.7 GB more of documents may raise the memory
+FLAT = 300  # MB by which 9 GB more of documents may raise the memory
 EVERY = 0.05  # seconds between two looks at the memory
 INSPECTION = 10  # minutes in which a model of a billion parameters is inspected
 
@@ -378,17 +379,19 @@ class Echo(Writer):
         return {"name": self.name}
 
 
-def wrap(quick: bool, megabytes: int = 3000) -> DryRun:
+def wrap(quick: bool, megabytes: int = 10_000) -> DryRun:
     """Rephrase a file of documents with an echo."""
     megabytes = 1 if quick else megabytes
-    file = cache_folder() / "benchmarks" / f"documents-{megabytes}.jsonl"
+    file = cache_folder() / "benchmarks" / f"documents-{megabytes}.jsonl.gz"
     if not file.exists():
         generator, words = np.random.default_rng(0), np.array(Path(argparse.__file__).read_text().split())
-        with file.open("w") as lines:
-            while lines.tell() < megabytes * 10**6:
-                lines.write(json.dumps({"text": " ".join(generator.choice(words, 500))}) + "\n")
+        left = megabytes * 10**6
+        with replacing(file) as unfinished, gzip.open(unfinished, "wt", compresslevel=1) as lines:
+            while left > 0:
+                sentences = map(" ".join, generator.choice(words, (25, 20)))
+                left -= lines.write(json.dumps({"text": ". ".join(sentences)}) + "\n")
     work = command("wrap", documents=file, rephraser=Echo(), embedder="words")
-    return DryRun("a writer that echoes", f"{megabytes} MB of JSONL", work)
+    return DryRun("a writer that echoes", f"{megabytes} MB of JSONL, compressed", work)
 
 
 def lora_recycling(quick: bool) -> DryRun:
@@ -412,7 +415,7 @@ CASES: dict[str, Callable[[bool], DryRun]] = {
     "muranet read": muranet,
     "skr": skr,
     "wrap": wrap,
-    "wrap, a tenth": partial(wrap, megabytes=300),
+    "wrap, a tenth": partial(wrap, megabytes=1000),
     "lora-recycling merge": lora_recycling,
 }
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lamella.data import Documents, InputContext, hold_out
-from lamella.data.lazy import at, column, first_of_each, where
+from lamella.data.lazy import at, column, first_of_each, grouped, where
 from lamella.data.stored import stored
 from lamella.errors import ExportError
 
@@ -24,6 +24,8 @@ def test_values_come_back_in_any_order_and_may_be_picked() -> None:
     assert found == VALUES and found[-1] == VALUES[-1] and found[5:8] == VALUES[5:8]
     even = where(found, lambda row: row["n"] % 2 == 0)
     assert even == VALUES[::2] and where(even, lambda row: row["n"] > 190) == VALUES[192::2]
+    thirds = grouped(found, lambda row: row["n"] % 3)
+    assert thirds(lambda rest: rest == 1) == VALUES[1::3] and thirds(bool) == [v for v in VALUES if v["n"] % 3]
     assert at(even, [3, 1]) == [VALUES[6], VALUES[2]] and column(even, "n") == list(range(0, 200, 2))
     assert stored([]) == [] and not stored([])
     with pytest.raises(IndexError):

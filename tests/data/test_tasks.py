@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 import sys
@@ -85,9 +86,20 @@ def test_a_task_that_fails_is_told_and_the_others_are_not_run_again(
 ) -> None:
     with pytest.raises(ValueError, match="d7 fails"):
         rows(tmp_path / "work", instructed, Workers(workers), fails="d7")
-    done = {path.stem for path in (tmp_path / "work" / "rows").iterdir()}
+    done = {path.name.removesuffix(".json.gz") for path in (tmp_path / "work" / "rows").iterdir()}
     assert "00002" not in done and (workers > 1 or done == {"00000", "00001"})
-    before = {name: (tmp_path / "work" / "rows" / f"{name}.json").stat().st_mtime_ns for name in done}
+    before = {name: (tmp_path / "work" / "rows" / f"{name}.json.gz").stat().st_mtime_ns for name in done}
     assert rows(tmp_path / "work", instructed, Workers(workers)) == rows(tmp_path / "whole", instructed)
-    after = {name: (tmp_path / "work" / "rows" / f"{name}.json").stat().st_mtime_ns for name in done}
+    after = {name: (tmp_path / "work" / "rows" / f"{name}.json.gz").stat().st_mtime_ns for name in done}
     assert after == before
+
+
+@pytest.mark.slow
+def test_a_finished_task_keeps_its_rows_and_the_time_that_they_took(instructed: Path, tmp_path: Path) -> None:
+    generation = DocumentGeneration(LocalWriter(str(instructed), batch=2), SAMPLED, tmp_path)
+    found = process_documents(DOCUMENTS, Ask(), generation, tell, 3, HERE)
+    assert not list((tmp_path / "documents").iterdir()) and len(list((tmp_path / "rows").iterdir())) == 4
+    journals = [[json.loads(line) for line in file.open()] for file in tmp_path.glob("written-*.jsonl")]
+    assert len(journals) == 4 and all(answers == [] for lines in journals for _, answers in lines)
+    assert generation.seconds == sum(seconds for lines in journals for seconds, _ in lines) > 0
+    assert process_documents(DOCUMENTS, Ask("d1"), generation, tell, 3, HERE) == found  # no task runs again

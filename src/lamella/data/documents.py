@@ -173,7 +173,7 @@ def hold_out(documents: Sequence[Document], share: float, seed: int) -> tuple[La
     ranks = np.fromiter((seed_of("held out", seed, each.id) for each in documents), np.int64, len(documents))
     chosen = np.zeros(len(documents), bool)
     chosen[np.argsort(ranks, kind="stable")[:count]] = True
-    train, held_out = (at(documents, np.flatnonzero(mask).tolist()) for mask in (~chosen, chosen))
+    train, held_out = (at(documents, np.flatnonzero(mask).astype(np.uint32)) for mask in (~chosen, chosen))
     return train, held_out
 
 

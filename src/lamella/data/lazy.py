@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from operator import itemgetter
 from typing import Any, TypeVar, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -66,17 +67,34 @@ def where(items: Sequence[Item], holds: Callable[[Item], bool]) -> Lazy[Item]:
         items: the items.
         holds: the condition.
     """
-    return at(items, array("Q", (number for number, each in enumerate(items) if holds(each))))
+    return at(items, array("I", (number for number, each in enumerate(items) if holds(each))))
 
 
-def at(items: Sequence[Item], numbers: Sequence[int]) -> Lazy[Item]:
+def grouped(items: Sequence[Item], key: Callable[[Item], Any]) -> Callable[[Callable[[Any], bool]], Lazy[Item]]:
+    """Group items in one pass, and return a function from a condition to the items of the groups for which it holds.
+
+    Args:
+        items: the items.
+        key: returns the group of an item, of at most 256.
+    """
+    groups: dict[Any, int] = {}
+    found = np.fromiter((groups.setdefault(key(each), len(groups)) for each in items), np.uint8, len(items))
+
+    def of(holds: Callable[[Any], bool]) -> Lazy[Item]:
+        chosen = [number for group, number in groups.items() if holds(group)]
+        return at(items, np.flatnonzero(np.isin(found, chosen)).astype(np.uint32))
+
+    return of
+
+
+def at(items: Sequence[Item], numbers: Sequence[int] | np.ndarray) -> Lazy[Item]:
     """Return the items with some indices, as a sequence that reads them on access.
 
     Args:
         items: the items.
         numbers: the indices.
     """
-    return Lazy(numbers, lambda number: items[number])
+    return Lazy(numbers, lambda number: items[number])  # type: ignore[arg-type]
 
 
 def column(rows: Sequence[Any], name: str) -> Lazy[Any]:

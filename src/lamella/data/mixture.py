@@ -109,7 +109,7 @@ class Mixture:
         left = {name: self._items(name) for name in self.used}
         ahead = {name: next(left[name], None) for name in self.used}
         seen = dict.fromkeys(self.used, 0)
-        sources, numbers = array("Q"), array("Q")
+        sources, numbers = array("H"), array("I")
         while sum(seen.values()) < tokens:
             name = min(self.used, key=lambda each: (seen[each] / self.shares[each], self.used.index(each)))
             number = ahead[name]
@@ -125,7 +125,7 @@ class Mixture:
     def _items(self, name: str) -> Iterator[int]:
         """Yield the items of a source epoch by epoch; a single source is not shuffled."""
         drawn = random.Random(seed_of(name, self.seed))
-        order = array("Q", range(len(self.sizes[name])))
+        order = array("I", range(len(self.sizes[name])))
         left = self.epochs * sum(self.sizes[name])
         for _ in range(math.ceil(self.epochs)):
             if len(self.used) > 1:
@@ -181,7 +181,7 @@ def mix(
     Raises:
         MethodError: if the sources cannot provide these shares or this number of tokens.
     """
-    sizes = {name: array("Q", map(count, rows)) for name, rows in sources.items()}
+    sizes = {name: array("I", map(count, rows)) for name, rows in sources.items()}
     mixture = Mixture(sizes, shares, epochs, seed)
     picks = mixture.picks(mixture.once() if tokens is None else tokens)
 

@@ -9,6 +9,7 @@ and the answers are read into the rows.
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,11 +20,11 @@ from lamella.data.decoding import Sampling
 from lamella.data.documents import Document
 from lamella.data.lazy import Lazy
 from lamella.data.rollout import rollout, seconds_of
-from lamella.data.stored import stored
+from lamella.data.stored import FASTEST, stored
 from lamella.data.writer import Writer
-from lamella.files import write
+from lamella.files import write, write_bytes
 from lamella.progress import tracker
-from lamella.reading import parse_json, read_text
+from lamella.reading import open_decompressed, parse_json
 from lamella.workers import Workers
 
 REQUEST, WRITTEN = "request", "written"
@@ -57,10 +58,26 @@ class DocumentGeneration:
             task: index of the task, which names its journal.
         """
         requests = [row[REQUEST] for row in rows if REQUEST in row]
-        found = rollout(self.writer, requests, self.sampling, self.folder / f"written-{task:05d}.jsonl")
+        found = rollout(self.writer, requests, self.sampling, self.journal(task))
         for row in rows:
             if REQUEST in row:
                 row[WRITTEN] = found[row.pop(REQUEST).key]
+
+    def journal(self, task: int) -> Path:
+        """Return the file with the answers of a task.
+
+        Args:
+            task: index of the task.
+        """
+        return self.folder / f"written-{task:05d}.jsonl"
+
+    def shorten(self, task: int) -> None:
+        """Delete the answers of a task, whose rows contain them; the time that they took is kept.
+
+        Args:
+            task: index of the task.
+        """
+        write(self.journal(task), json.dumps([seconds_of(self.journal(task)), []]) + "\n")
 
 
 def process_documents(
@@ -84,7 +101,8 @@ def process_documents(
     task = _Task(ask, generation, read, generation.folder)
     count = len(range(0, len(documents), together))
     for number in range(count):
-        _put(task.documents(number), list(documents[number * together : (number + 1) * together]))
+        if not task.rows(number).exists():
+            _put(task.documents(number), list(documents[number * together : (number + 1) * together]))
     with tracker("tasks", count) as done, workers.pool(generation.folder / "tasks") as pool:
         for _ in pool.each(task, range(count)):
             done()
@@ -99,10 +117,10 @@ class _Task:
     folder: Path
 
     def documents(self, number: int) -> Path:
-        return self.folder / "documents" / f"{number:05d}.json"
+        return self.folder / "documents" / f"{number:05d}.json.gz"
 
     def rows(self, number: int) -> Path:
-        return self.folder / "rows" / f"{number:05d}.json"
+        return self.folder / "rows" / f"{number:05d}.json.gz"
 
     def __call__(self, number: int) -> None:
         if self.rows(number).exists():
@@ -111,12 +129,15 @@ class _Task:
         self.generation(rows, number)
         self.read(rows)
         _put(self.rows(number), rows)
+        self.documents(number).unlink()
+        self.generation.shorten(number)
 
 
 def _put(file: Path, values: Sequence[Any]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    write(file, json.dumps(values, ensure_ascii=False))
+    write_bytes(file, gzip.compress(json.dumps(values).encode(), FASTEST))
 
 
 def _get(file: Path) -> Any:
-    return parse_json(read_text(file))
+    with open_decompressed(file) as lines:
+        return parse_json(lines.read())

@@ -209,7 +209,7 @@ def test_a_killed_run_resumes_and_generates_each_once(instructed: Path, tmp_path
     running.send_signal(signal.SIGKILL)
     running.wait()
     assert not out.exists()
-    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / ".out.work").rglob("rows/*.json")}
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / ".out.work").rglob("rows/*.json.gz")}
     subprocess.run([*command, "-o", str(out)], check=True, capture_output=True, env=os.environ)
     assert (out / "data.jsonl").read_bytes() == (whole / "data.jsonl").read_bytes() and kept
     keys = Counter((row["id"], row["chunk_idx"], row["style"]) for row in MixedCorpus.read(out))

@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from lamella.data import Document, seed_of
-from lamella.data.lazy import first_of_each, where
+from lamella.data.lazy import first_of_each
 from lamella.measure import Embedder, similarities
 from lamella.methods.wrap.cleaning import REASONS
 
@@ -34,17 +34,34 @@ def passage_counts(rows: Sequence[Row], skipped: Sequence[Row]) -> dict[str, int
     }
 
 
-def style_statistics(rows: Sequence[Row]) -> dict[str, Any]:
-    """Count the generated, kept and dropped rows of one style by reason, with the lengths of kept ones."""
-    kept = where(rows, lambda row: row["kept"])
-    reasons = Counter(row["drop_reason"] for row in rows if not row["kept"])
+def style_statistics(rows: Sequence[Row], styles: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Count the generated, kept and dropped rows of each style by reason, with the lengths of the first kept ones.
+
+    Args:
+        rows: the rows of all rephrases.
+        styles: the names of the styles.
+    """
+    reasons = {name: Counter[str | None]() for name in styles}
+    tokens, ratios = Counter[str](), Counter[str]()  # sums over kept rows
+    lengths: dict[str, list[list[int]]] = {name: [] for name in styles}
+    for row in rows:
+        name, source, written = row["style"], row["n_src_tok"], row["n_out_tok"]
+        reasons[name][row["drop_reason"]] += 1
+        if row["kept"]:
+            tokens[name] += written
+            ratios[name] += written / source
+            if len(lengths[name]) < MAX_COMPARED:
+                lengths[name].append([source, written])
     return {
-        "generated": len(rows),
-        "kept": len(kept),
-        "dropped": {reason: reasons[reason] for reason in REASONS if reasons[reason]},
-        "kept tokens": sum(row["n_out_tok"] for row in kept),
-        "ratio": fmean(row["n_out_tok"] / row["n_src_tok"] for row in kept) if kept else None,
-        "lengths": [[row["n_src_tok"], row["n_out_tok"]] for row in kept[:MAX_COMPARED]],
+        name: {
+            "generated": counts.total(),
+            "kept": counts[None],
+            "dropped": {reason: counts[reason] for reason in REASONS if counts[reason]},
+            "kept tokens": tokens[name],
+            "ratio": ratios[name] / counts[None] if counts[None] else None,
+            "lengths": lengths[name],
+        }
+        for name, counts in reasons.items()
     }
 
 

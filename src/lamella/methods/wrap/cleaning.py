@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -132,8 +131,7 @@ def grams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
         words: the words.
         n: the number of words per n-gram.
     """
-    n = min(n, len(words))
-    return [tuple(words[start : start + n]) for start in range(len(words) - n + 1)] if n else []
+    return list(zip(*(words[start:] for start in range(min(n, len(words)))), strict=False))
 
 
 def repeated_fraction(words: Sequence[str], n: int) -> float:
@@ -143,8 +141,8 @@ def repeated_fraction(words: Sequence[str], n: int) -> float:
         words: the words.
         n: the number of words per n-gram.
     """
-    counts = Counter(grams(words, n))
-    return 1 - len(counts) / counts.total() if counts else 0.0
+    found = grams(words, n)
+    return 1 - len(set(found)) / len(found) if found else 0.0
 
 
 def copied_fraction(words: Sequence[str], source: Sequence[str], n: int) -> float:
@@ -157,7 +155,7 @@ def copied_fraction(words: Sequence[str], source: Sequence[str], n: int) -> floa
     """
     own = grams(words, n)
     theirs = set(grams(source, min(n, len(words))))
-    return sum(each in theirs for each in own) / len(own) if own else 0.0
+    return sum(map(theirs.__contains__, own)) / len(own) if own else 0.0
 
 
 class Evaluations:

@@ -22,8 +22,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -32,7 +33,7 @@ from typing import Annotated, Any
 from annotated_types import Ge, MinLen
 
 from lamella.data import Blend, Document, Documents, Sampling, Writer, hold_out, load_text
-from lamella.data.lazy import mapped, where
+from lamella.data.lazy import grouped, mapped, where
 from lamella.data.steps import DocumentGeneration, process_documents
 from lamella.errors import MethodError
 from lamella.evaluate import writing_cost
@@ -131,11 +132,10 @@ def wrap(
     clean = CleanRephrases(rephraser, chosen, filters, evaluation_texts)
     results = process_documents(training, requests, generation, clean, cutting.together, workers)
 
-    rows = where(results, lambda row: "style" in row)
-    skipped = where(results, lambda row: "skipped" in row)
-    kept = where(rows, lambda row: row["kept"])
-    of_style = {style.name: where(rows, partial(_is_of, style.name)) for style in chosen}
-    by_style = {name: where(each, lambda row: row["kept"]) for name, each in of_style.items()}
+    of_group = grouped(results, lambda row: (row.get("style"), row.get("kept", False)))
+    skipped, rows = of_group(lambda group: group[0] is None), of_group(lambda group: group[0] is not None)
+    kept = of_group(lambda group: group[1])
+    by_style = {style.name: of_group(partial(operator.eq, (style.name, True))) for style in chosen}
     real = real_rows(training, skipped, rephraser, cutting)
     train, mixture = blend.mix({REAL: real, **by_style}, rephraser, seed)
     notes = [f"No rephrase of style {name} was kept." for name, each in by_style.items() if not each]
@@ -152,15 +152,11 @@ def wrap(
         parquet=blend.parquet,
         notes=notes,
         passages=passage_counts(rows, skipped),
-        styles={name: style_statistics(each) for name, each in of_style.items()},
+        styles=style_statistics(rows, list(by_style)),
         similarity=similarity_statistics(rows, training, filters.embedder),
         cost=writing_cost(rephraser, blend.student, rows, kept, mixture, generation.seconds),
         samples=samples(rows),
     )
-
-
-def _is_of(style: str, row: Mapping[str, Any]) -> bool:
-    return row["style"] == style
 
 
 def _check(cutting: PassageSettings) -> None:
