@@ -14,10 +14,12 @@ from torch import nn
 from torch.nn.functional import relu
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import lamella
 from lamella.errors import MethodError
 from lamella.needs import current_recorder, extrapolate, has_values, now, recording, without_values
 from lamella.runner import needs_of, run
-from lamella.train import TrainConfig, blocks, response_loss
+from lamella.stack import share
+from lamella.train import TrainConfig, add_lora, blocks, response_loss
 from lamella.train.fit import Task, fit
 from lamella.zoo.nano import nano
 
@@ -141,6 +143,22 @@ def test_a_command_is_estimated_without_its_weights(tmp_path: Path, monkeypatch:
     assert {"training", "fidelity"} <= set(needs.stages)
     summary = needs.summary()
     assert "GB of memory" in summary.verdict and any(row[0] == "training" for row in summary.tables[0].rows)
+
+
+def test_weights_are_compared_only_where_there_are_any(tmp_path: Path) -> None:
+    stack = lamella.open(NANO_LLAMA)
+    add_lora(share(stack.model), sites=["layers.0"], seed=1).adapter().write_into(tmp_path)
+    given = {"sequences": 4, "held_out_sequences": 4, "length": 16}
+    needs = needs_of(
+        "layra", NANO_LLAMA, NANO_LLAMA, tmp_path, command="equip", judged={"a": "pydoc"}, out=tmp_path / "out", **given
+    )
+    assert not needs.cut and needs.stages["the rest"].multiplications > 0
+
+
+def test_a_schedule_of_random_paths_is_estimated(tmp_path: Path) -> None:
+    given = {"train": "pydoc", "stages": 3, "steps": 3, "sequences": 8, "length": 16, "out": tmp_path / "out"}
+    needs = needs_of("skippipe", NANO_LLAMA, command="train", **given)
+    assert not needs.cut and needs.stages["training"].multiplications > 0
 
 
 def nano_llama() -> Any:

@@ -30,6 +30,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lamella.errors import CheckpointError, TrainingError
 from lamella.files import new_folder
+from lamella.needs import has_values
 from lamella.plan.fingerprint import revision
 from lamella.reading import parse_json
 from lamella.stack import Stack, share
@@ -332,7 +333,8 @@ def check_fits(stack: Stack, adapter: Adapter) -> None:
     for name, new in adapter.replacements():
         if shapes.get(name) != list(new.shape):
             raise TrainingError(f"{stack.name} has no {name} of {list(new.shape)}: this adapter is for another model")
-    if adapter.base is not None and adapter.base != revision(stack.model):
+    known = all(map(has_values, stack.model.parameters()))  # not in an estimate
+    if known and adapter.base is not None and adapter.base != revision(stack.model):
         raise TrainingError(
             f"{stack.name} has other weights than the model that this adapter was trained on: give that revision"
         )

@@ -27,7 +27,7 @@ from lamella.train.adapters import check_fits
 
 NONE: dict[str, Language] = {}
 SCAN = tuple(step / 10 for step in range(13))  # lambda' from 0 to 1.2
-UNRELATED = 1.0  # |theta_I - theta_0| / |theta_0|: about 1.4 for two independently trained models
+UNRELATED = 1.0  # highest |theta_I - theta_0| / |theta_0|: it is about 1.4 for two independently trained models
 
 
 @dataclass(kw_only=True)
@@ -165,7 +165,7 @@ def check_siblings(base: Stack, other: Stack) -> float:
         float((theirs[name].to(ours[name].device).float() - ours[name].float()).square().sum()) for name in ours
     )
     distance = (apart / sum(float(each.float().square().sum()) for each in ours.values())) ** 0.5
-    if distance >= UNRELATED:
+    if distance > UNRELATED:
         raise MethodError(
             f"the relative distance of {other.name} from {base.name} is {distance:.2f}, as for unrelated models: give "
             "the revision of the base that it was made from"

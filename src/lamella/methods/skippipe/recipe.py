@@ -183,7 +183,7 @@ class _PathTrainer:
         """Run all paths one after the other; return the log and all weights."""
         view = _owned(self.stack)
         parameters = dict(view.named_parameters())
-        runner = SingleProcess(Stack(view), self.parts, parameters, bf16=self.config.bf16)
+        runner = SingleProcess(Stack(view), self.parts, parameters, self.orders(0), self.config.bf16)
 
         def passes(forward: Any, batch: Any, backward: Any) -> tuple[Tensor, Mapping[str, Tensor]]:
             return runner(batch), {}
