@@ -17,6 +17,8 @@ from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any
 
 HARNESS = __name__.partition(".")[0]
+GLOBAL = {"LOAD_GLOBAL", "LOAD_NAME"}
+SPECIAL = {"__init__", "__post_init__", "__call__"}
 
 
 def fingerprint(find: Callable[..., Any], *arguments: Any, **options: Any) -> str:
@@ -69,6 +71,8 @@ def _value(value: Any, scope: set[str], seen: tuple[Any, ...]) -> Any:
         return sorted(json.dumps(_value(each, scope, seen)) for each in value)
     if isinstance(value, partial):
         return [_value(each, scope, seen) for each in (value.func, value.args, value.keywords)]
+    if isinstance(value, property):
+        return _value(value.fget, scope, seen)
     if isinstance(value, MethodType):
         return [_value(value.__func__, scope, seen), _value(value.__self__, scope, seen)]
     if isinstance(value, FunctionType | type) and value.__module__.partition(".")[0] in scope:
@@ -80,12 +84,15 @@ def _value(value: Any, scope: set[str], seen: tuple[Any, ...]) -> Any:
     if isinstance(digest := getattr(value, "digest", None), str):
         return digest
     if is_dataclass(value) and value.__dataclass_params__.frozen:
-        return {each.name: _value(getattr(value, each.name), scope, seen) for each in fields(value)}
+        content = {each.name: _value(getattr(value, each.name), scope, seen) for each in fields(value)}
+        return [_value(type(value), scope, seen), content]
     return type(value).__qualname__
 
 
 def _class(made: type, scope: set[str], seen: tuple[Any, ...]) -> Any:
-    own = {name: each for name, each in vars(made).items() if not name.startswith("__") or name == "__init__"}
+    own = {name: each for name, each in vars(made).items() if not name.startswith("__") or name in SPECIAL}
+    if is_dataclass(made):
+        own.pop("__init__", None)  # which follows from the fields
     return {name: _value(each, scope, (*seen, made)) for name, each in own.items()}
 
 
@@ -114,8 +121,10 @@ def _code(code: CodeType, function: FunctionType, scope: set[str], seen: tuple[A
                 value = _code(inner, function, scope, seen)
             else:
                 value = _value(inner, scope, seen) if isinstance(inner, frozenset) else repr(inner)
-        elif each.opcode in dis.hasname:
+        elif each.opname in GLOBAL:
             value = _named(each.argval, function, scope, seen)
+        elif each.opcode in dis.hasname:
+            value = each.argval  # an attribute, which may have the name of something else in the script
         found.append([each.opname, value])
     return found
 

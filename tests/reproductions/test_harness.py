@@ -197,6 +197,17 @@ def test_an_arm_is_known_by_what_it_computes(monkeypatch, tmp_path):
         for seed in ("1", "2", "3")
     }  # fmt: skip
     assert len(found) == 1, "sets have another order in every process"
+    size = "from dataclasses import dataclass\n@dataclass(frozen=True)\nclass Size:\n  tuning: int = 2\n"
+    size += (
+        "  def twice(self): return {} * self.tuning\ndef tuning(run): return {}\ndef f(x): return x.twice() + x.tuning"
+    )
+
+    def given(twice: int, other: int) -> str:
+        module: dict[str, object] = {"__name__": "script"}
+        exec(size.format(twice, other), module)
+        return fingerprint(module["f"], module["Size"]())
+
+    assert given(2, 1) == given(2, 3) != given(4, 1), "a function with an attribute's name is not called"
     again = "def f(x): return x and f(x - 1)"
     assert of(again) == of(again) != of("def f(x): return x and f(x - 2)")
 
