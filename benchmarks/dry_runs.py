@@ -390,7 +390,7 @@ def wrap(quick: bool, megabytes: int = 10_000) -> DryRun:
             while left > 0:
                 sentences = map(" ".join, generator.choice(words, (25, 20)))
                 left -= lines.write(json.dumps({"text": ". ".join(sentences)}) + "\n")
-    work = command("wrap", documents=file, rephraser=Echo(), embedder="words")
+    work = command("wrap", documents=file, rephraser=Echo(), embedder="words", together=512)
     return DryRun("a writer that echoes", f"{megabytes} MB of JSONL, compressed", work)
 
 

@@ -22,7 +22,8 @@ from lamella.data.lazy import Lazy
 from lamella.data.rollout import rollout, seconds_of
 from lamella.data.stored import FASTEST, stored
 from lamella.data.writer import Writer
-from lamella.files import write, write_bytes
+from lamella.errors import ExportError
+from lamella.files import write_bytes
 from lamella.progress import tracker
 from lamella.reading import open_decompressed, parse_json
 from lamella.workers import Workers
@@ -77,7 +78,7 @@ class DocumentGeneration:
         Args:
             task: index of the task.
         """
-        write(self.journal(task), json.dumps([seconds_of(self.journal(task)), []]) + "\n")
+        _put(self.journal(task), [seconds_of(self.journal(task)), []])
 
 
 def process_documents(
@@ -100,6 +101,8 @@ def process_documents(
     """
     task = _Task(ask, generation, read, generation.folder)
     count = len(range(0, len(documents), together))
+    for folder in (task.documents(0).parent, task.rows(0).parent):
+        folder.mkdir(parents=True, exist_ok=True)
     for number in range(count):
         if not task.rows(number).exists():
             _put(task.documents(number), list(documents[number * together : (number + 1) * together]))
@@ -117,7 +120,7 @@ class _Task:
     folder: Path
 
     def documents(self, number: int) -> Path:
-        return self.folder / "documents" / f"{number:05d}.json.gz"
+        return self.folder / "documents" / f"{number:05d}.json"
 
     def rows(self, number: int) -> Path:
         return self.folder / "rows" / f"{number:05d}.json.gz"
@@ -128,14 +131,17 @@ class _Task:
         rows = self.ask([Document(*each) for each in _get(self.documents(number))])
         self.generation(rows, number)
         self.read(rows)
-        _put(self.rows(number), rows)
+        write_bytes(self.rows(number), gzip.compress(json.dumps(rows).encode(), FASTEST))
         self.documents(number).unlink()
         self.generation.shorten(number)
 
 
-def _put(file: Path, values: Sequence[Any]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(file, gzip.compress(json.dumps(values).encode(), FASTEST))
+def _put(file: Path, value: Any) -> None:
+    """Write a file that can be made again, so it need not survive the failure of the machine."""
+    try:
+        file.write_text(json.dumps(value) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ExportError(f"{file}: cannot be written ({error.strerror}); choose another folder") from None
 
 
 def _get(file: Path) -> Any:
