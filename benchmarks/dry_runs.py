@@ -5,7 +5,7 @@ with one unit of work: a few sequences, a few steps, a single answer. Every run 
 Memory is the most that the process takes, with Python, its libraries and mapped files; time is that of its processor
 for the unit of work, without what a case prepares before it. Nothing is extrapolated. Needs Linux, diffusers and timm.
 
-    python benchmarks/dry_runs.py                 # 90 minutes of a core and 90 GB of disk; resumes when interrupted
+    python benchmarks/dry_runs.py                 # 2 hours of a core and 100 GB of disk; resumes when interrupted
     python benchmarks/dry_runs.py --quick         # the same on small models
     python benchmarks/dry_runs.py --only inspect  # one run, for example
 """
