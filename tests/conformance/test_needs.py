@@ -6,7 +6,6 @@ import pytest
 import torch
 from worlds import COMMANDS, given, opened, usual
 
-from lamella.errors import MethodError
 from lamella.runner import needs_of
 from lamella.stack import Stack
 
@@ -20,12 +19,9 @@ ENDS_EARLY = {  # what a placeholder stops, which docs/estimates.md names or a n
     "skippipe profile": "stages are timed one by one",
     "ssd": "importances are written and read again",
 }
-REFUSED = {"layra equip", "skippipe train"}  # weights are compared; every process opens its own stages
 
 
-@pytest.mark.parametrize(
-    "command", [pytest.param(each, marks=pytest.mark.repeated) for each in COMMANDS if each not in REFUSED]
-)
+@pytest.mark.parametrize("command", [pytest.param(each, marks=pytest.mark.repeated) for each in COMMANDS])
 def test_a_command_is_recorded_to_its_end(command: str) -> None:
     entry, model = COMMANDS[command], opened(usual(command))
     before = {name: each.clone() for name, each in model.model.state_dict().items()}
@@ -35,10 +31,3 @@ def test_a_command_is_recorded_to_its_end(command: str) -> None:
     if takes_a_stack and command not in ENDS_EARLY:
         assert needs.weights > 0 and needs.peak >= needs.weights and needs.seconds > 0
     assert all(torch.equal(before[name], each) for name, each in model.model.state_dict().items())
-
-
-@pytest.mark.parametrize("command", sorted(REFUSED))
-def test_what_has_no_estimate_is_refused_in_one_line(command: str) -> None:
-    entry = COMMANDS[command]
-    with pytest.raises(MethodError, match=r"no estimate|relative distance"):
-        needs_of(entry.slug, command=entry.name, **given(command, usual(command)))

@@ -234,5 +234,6 @@ def plots_of(page: str) -> dict[str, Any]:
 
 
 def has_found(path: Path) -> bool:
-    """Whether a path in a folder of work is a journal with something behind its header, or a checkpoint."""
-    return "checkpoint" in path.name or (path.suffix == ".jsonl" and path.read_bytes().count(b"\n") > 1)
+    """Whether a path in a folder of work is a checkpoint, a task's rows or a journal with more than its header."""
+    is_rows = path.parent.name == "rows"
+    return is_rows or "checkpoint" in path.name or (path.suffix == ".jsonl" and path.read_bytes().count(b"\n") > 1)
