@@ -236,6 +236,33 @@ def test_an_interrupted_run_goes_on_from_its_journal_to_the_same_plan(lamella, t
 
 
 @pytest.mark.slow
+def test_a_run_that_was_interrupted_in_healing_heals_the_plan_that_it_had_found(lamella, tmp_path, brief, monkeypatch):
+    searched, healed = [], []
+    heal_cut, planned_on = job.heal_cut, race.planned_on
+
+    def plan_on(entry: Any, calibration: Any) -> dict[str, Any]:
+        searched.append(entry.slug)
+        return planned_on(entry, calibration)
+
+    def heal(stack: Stack, plan: Plan, *rest: Any) -> Any:
+        healed.append(plan)
+        if len(healed) == 1:
+            raise KeyboardInterrupt
+        return heal_cut(stack, plan, *rest)
+
+    monkeypatch.setattr(race, "planned_on", plan_on)
+    monkeypatch.setattr(job, "heal_cut", heal)
+    arguments = ["--size", "1.9", "--allow", "cut", "--heal-way", "refit", "-o", tmp_path / "out"]
+    assert lamella("compress", NANO_LLAMA, *arguments).code == 130
+    outcome = lamella("compress", NANO_LLAMA, *arguments)
+    assert outcome.code == 0, outcome.err
+    assert searched == ["portfolio"] and healed[0].removed > 0 and healed[1] == healed[0]
+    assert not (tmp_path / ".out.work").exists()
+    assert lamella("compress", NANO_LLAMA, "--no-heal", *arguments[:2], "-o", tmp_path / "again").code == 0
+    assert searched == ["portfolio"] * 2  # another output has its own work
+
+
+@pytest.mark.slow
 def test_a_failure_while_writing_leaves_no_half_output(lamella, tmp_path, brief, monkeypatch):
     def fail(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")

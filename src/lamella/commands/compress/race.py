@@ -17,7 +17,8 @@ from lamella.data import ImageText, Text
 from lamella.errors import BudgetError, MethodError
 from lamella.evaluate import Budget, Fidelity, FidelityTest, Ratio
 from lamella.evaluate.confidence import CONFIDENCE
-from lamella.files import Work
+from lamella.files import Finished, Work
+from lamella.measure import describe
 from lamella.needs import now
 from lamella.plan import ModelReference, Plan, PlanSeries
 from lamella.planners import Planner, Race, first_reaching, planned_on
@@ -151,6 +152,8 @@ def entrants(race: Race, stack: Stack, calibration: Text | ImageText) -> list[Pl
 def search(job: Job, planner: Planner, form: Form, minutes: float | None) -> Contender:
     """Run one planner as far as the target requires, plus a margin for deviations of the measurement.
 
+    A resumed run goes on with the plans of a search that had ended, so that a healing of one of them resumes as well.
+
     Args:
         job: the inputs.
         planner: the planner.
@@ -161,10 +164,25 @@ def search(job: Job, planner: Planner, form: Form, minutes: float | None) -> Con
     entry = planner.method
     work = job.work.within(f"plans-{form.name}" if form.name else "plans")
     options = entry.signature.fill(planner.options, budget, work, seed=job.seed)
-    begin = now()
-    series: PlanSeries = entry(job.stack, **planned_on(entry, job.calibration), **options)
-    seconds = now() - begin
-    return Contender(entry.slug, entry.title, series, form, baseline=entry.baseline, seconds=seconds)
+    inputs = {
+        "model": ModelReference.of(job.stack).model_dump(),
+        "calibration": describe(job.calibration),
+        "goal": [job.goal.name, job.goal.value, job.goal.program, form.name],
+        "options": {name: str(value) for name, value in planner.options.items()},
+        "minutes": minutes,
+        "seed": job.seed,
+    }
+    file = work.directory(entry.slug) / "series.json"
+
+    def plan() -> float:
+        begin = now()
+        series: PlanSeries = entry(job.stack, **planned_on(entry, job.calibration), **options)
+        seconds = now() - begin
+        series.write(file)
+        return seconds
+
+    seconds = Finished(work.journal(f"{entry.slug}-ended"), inputs).once("seconds", plan)
+    return Contender(entry.slug, entry.title, PlanSeries.read(file), form, baseline=entry.baseline, seconds=seconds)
 
 
 def _goal(job: Job, form: Form) -> dict[str, Any]:
