@@ -20,7 +20,7 @@ import lamella
 from lamella.data.samples import NO_LOSS
 from lamella.stack import Stack
 from lamella.train import Sample, Task, TrainConfig, collate, fit, response_loss
-from lamella.train.losses import continuation_log_probs
+from lamella.train.losses import label_log_probs
 from lamella.train.task import Loss
 from lamella.zoo.cache import build_once
 
@@ -249,6 +249,8 @@ def nats(model: object, samples: Sequence[Sample], size: int = 16) -> float:
 def nats_by_sample(model: Any, samples: Sequence[Sample], size: int = 32) -> list[float]:
     """Return the loss on the labels of each sample, in nats per token, of a model or a view.
 
+    A view runs as in generation: prompts as prompts, and what follows them as generated tokens.
+
     Args:
         model: the model or view.
         samples: the samples.
@@ -258,8 +260,7 @@ def nats_by_sample(model: Any, samples: Sequence[Sample], size: int = 32) -> lis
     for start in range(0, len(samples), size):
         batch = collate(samples[start : start + size])
         count = (batch["labels"][:, 1:] != NO_LOSS).sum(1)
-        labelled = batch | {"prompt_lengths": torch.zeros_like(batch["prompt_lengths"])}  # labels alone decide
-        found += (-continuation_log_probs(model, labelled) / count).tolist()
+        found += (-label_log_probs(model, batch) / count).tolist()
     return found
 
 

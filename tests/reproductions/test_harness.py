@@ -17,9 +17,11 @@ import torch
 
 import lamella
 from lamella.evaluate import Ratio
+from lamella.plan import ModelReference, PhasedPath, Plan
 from lamella.registry import get_method, methods
 from lamella.results.record import Kind
 from lamella.runner import argument_names
+from lamella.stack import Stack
 
 ROOT = Path(__file__).parents[2]
 REPRODUCTIONS = ROOT / "reproductions"
@@ -352,6 +354,32 @@ def test_the_loss_of_each_sample_is_that_of_all_its_labels_within_a_prompt_too(m
         with torch.no_grad():
             alone = [float(model(each["input_ids"][None], labels=each["labels"][None]).loss) for each in samples]
         assert nats_by_sample(model, samples) == pytest.approx(alone, rel=1e-4)
+
+
+def test_the_loss_of_each_sample_runs_its_prompt_as_a_prompt(monkeypatch):
+    monkeypatch.syspath_prepend(str(REPRODUCTIONS))
+    from harness.nano import LETTERS, llama, nats_by_sample, prose
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(0)
+    stack = Stack(LlamaForCausalLM(llama(len(LETTERS), 16, 4)).eval())
+    for each in stack.model.parameters():
+        each.data *= 1 if each.ndim == 1 else 10  # so that every layer matters
+    path = {"text": PhasedPath(prefill=[0, 1, 2, 3], decode=[0, 3])}
+    view = lamella.apply(stack, Plan(model=ModelReference.of(stack), path=path))
+    samples = prose("test", 3, 24, 0)
+    alone = []
+    for each in samples:
+        ids, start, cache = each["input_ids"], int(each["prompt_lengths"]), None
+        assert 0 < start < len(ids)
+        logits = []
+        for piece in (ids[:start], *ids[start:].split(1)):  # the prompt at once, then token by token
+            with torch.no_grad():
+                out = view(piece[None], cache=cache, use_cache=True)
+            logits, cache = [*logits, out.logits[0, -1]], out.past_key_values
+        alone.append(float(torch.nn.functional.cross_entropy(torch.stack(logits[:-1]), ids[start:])))
+    assert nats_by_sample(view, samples) == pytest.approx(alone, rel=1e-4)
+    assert nats_by_sample(stack.model, samples) != pytest.approx(alone, rel=1e-2)
 
 
 def test_a_speed_decides_where_its_quartiles_leave_the_threshold_out(monkeypatch):

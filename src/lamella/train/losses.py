@@ -223,8 +223,17 @@ def continuation_log_probs(model: Any, batch: Batch) -> Tensor:
     """
     positions = torch.arange(batch["labels"].shape[1], device=batch["labels"].device)
     in_prompt = positions < batch["prompt_lengths"][:, None]
-    labels = batch["labels"].masked_fill(in_prompt, NO_LOSS)
-    states, targets = scored_states(model, {**batch, "labels": labels})
+    return label_log_probs(model, {**batch, "labels": batch["labels"].masked_fill(in_prompt, NO_LOSS)})
+
+
+def label_log_probs(model: Any, batch: Batch) -> Tensor:
+    """Return the log probability of each row's labels, in nats, float32 [batch].
+
+    Args:
+        model: a model or a view. A view runs as in generation: each row's first ``prompt_lengths`` columns are prompt.
+        batch: ``input_ids`` and ``labels`` [batch, time], and ``prompt_lengths`` [batch], the tokens of each prompt.
+    """
+    states, targets = scored_states(model, batch)
     logits = last_stack(model).logits
 
     def chunk(states: Tensor, targets: Tensor) -> Tensor:
@@ -232,8 +241,8 @@ def continuation_log_probs(model: Any, batch: Batch) -> Tensor:
 
     pieces = zip(states.split(CHUNK), targets.split(CHUNK), strict=True)
     values = torch.cat([checkpoint(chunk, *piece, use_reentrant=False) for piece in pieces])
-    rows = (labels[:, 1:] != NO_LOSS).nonzero()[:, 0]
-    return values.new_zeros(len(labels)).index_add(0, rows, values)
+    rows = (batch["labels"][:, 1:] != NO_LOSS).nonzero()[:, 0]
+    return values.new_zeros(len(batch["labels"])).index_add(0, rows, values)
 
 
 def projection(model: Any, teacher: Any, seed: int = 0) -> None:
