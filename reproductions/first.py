@@ -3,10 +3,9 @@
 The premise: the best set of layers for each task has a lower loss than the best set for all tasks, of as many layers on
 average. The main claim: at equal depth, after LoRA, layers that routers choose for each prompt have at most the loss of
 one fixed set, chosen by the same routers' mean scores, and of evenly spaced layers, over eight models with rates tuned
-for each way. Five other models gave the number of models: the premise varies by 0.21 nats from model to model. Further
-checks are the best of all fixed sets, the order before LoRA, that LoRA recovers half of the loss, that the skip weight
-controls the number of skipped layers, that tasks keep different layers, and that decoding is as fast as the kept layers
-allow.
+for each way. Five other models gave the number of models. Further checks are the best of all fixed sets, the order
+before LoRA, that LoRA recovers half of the loss, that the skip weight controls the number of skipped layers, that tasks
+keep different layers, and that decoding is as fast as the kept layers allow.
 
     python reproductions/first.py            # about two hours on one core; an interrupted run resumes
     python reproductions/first.py --quick    # smaller models, which do not meet the premise

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from harness import Run, main
-from harness.design import seeds_needed, tuned
+from harness.design import tuned
 from harness.measured import Measured
 from harness.nano import LETTERS, encode, from_scratch, llama, taught_once
 from scipy.stats import spearmanr
@@ -90,7 +90,7 @@ SKILLS: dict[str, tuple[Callable[[random.Random], Drawn], tuple[str, ...]]] = { 
 RARE = 0.15  # of the pool, for damaged skills
 BUDGET = 0.1  # of the pool
 STEPS, POOL, HEALING = 3000, 2000, 100  # of training the models, samples, and steps of healing
-FEWEST, MOST = 16, 16  # seeds: with the worst skills of nine earlier models at -3.9, deviation 12, 15 decide
+SEEDS = 16  # with the worst skills of nine earlier models at -3.9, deviation 12, 15 decide
 AFTER = 18  # seeds start here: smaller ones chose the rates, or are those earlier models
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 GAIN, GAIN_WORST = 2.0, 5.0  # points of accuracy over random samples, on the mean or on the worst skill
@@ -373,20 +373,6 @@ class Recovery:
         either = {on_mean.at_least(GAIN), on_worst.at_least(GAIN_WORST)}
         return f"{on_mean}, {on_worst}", True if True in either else None if None in either else False
 
-    def seeds_for(self, arm: str, pilot: Sequence[int]) -> int:
-        """Return the number of seeds that decides whether an arm is better than random samples, in each of both means.
-
-        Args:
-            arm: the arm.
-            pilot: seeds that are not used again.
-        """
-        means = self.differences(arm, "random", pilot).mean(axis=1)
-        worst = np.array([self.worst(arm, seed) - self.worst("random", seed) for seed in pilot])
-        return max(
-            seeds_needed(gains.tolist(), max(abs(float(gains.mean()) - least), 1.0), MOST)
-            for gains, least in ((means, GAIN), (worst, GAIN_WORST))
-        )
-
     def worst(self, arm: str, seed: int) -> float:
         return min(by_skill(self.items(arm, seed), self.held_out).values())
 
@@ -415,8 +401,7 @@ def recovery(run: Run, healing: Recovery, pilot: Sequence[int]) -> None:
     """Compare selections of equal size, trained for equal steps at their best rates."""
     premises(run, [healing.model(seed) for seed in pilot])
     healing.tune(pilot, RATES)
-    count = max(FEWEST, healing.seeds_for("paser", pilot))
-    seeds = [AFTER + k for k in range(count)]
+    seeds = [AFTER + k for k in range(SEEDS)]
     run.freeze(
         "mean over seeds and test items of paser - random, and the mean over seeds of the same for the worst skill",
         seeds, steps=healing.steps, pool=healing.size, budget=BUDGET, rare=RARE, healing=healing.healing,
