@@ -62,7 +62,7 @@ STORED = 0.5  # the fraction of facts that a student of real text must complete 
 ONSETS, VOWELS = ("b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z"), "aeiou"
 NOUNS = (
     "colour", "owner", "founder", "symbol", "export", "harbour", "river", "festival", "patron", "currency", "anthem",
-    "bridge",     "dialect", "emblem", "garden", "market", "museum", "neighbour", "poet", "tower",
+    "bridge", "dialect", "emblem", "garden", "market", "museum", "neighbour", "poet", "tower",
 )  # fmt: skip
 KINDS = ("old", "first", "main", "secret", "summer", "northern", "royal", "lost", "official", "oldest")
 ADS = (
