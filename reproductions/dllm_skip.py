@@ -1,6 +1,6 @@
 """dLLM-Skip at small scale: a decoder, a diffusion model from scratch, one converted from a decoder, and SmolLM2.
 
-The three small models have one shape, eight layers on characters (harness/diffusion.py). The main claim is about eight
+The three small models have one shape, eight layers on characters (harness/diffusion.py). The main claim is about eleven
 models that were trained to denoise from scratch: the layers that the criterion selects raise the loss less than other
 sets of the same size without adjacent layers, on average, for two and for three layers (no four of the six inner ones
 are without neighbours). Its premise is that other sets cost something. Choices at equal k are compared by their ranking
@@ -48,7 +48,7 @@ from lamella.stack import Stack
 from lamella.zoo import open_tokenizer
 from lamella.zoo.nano import nano
 
-SEEDS = {"AR": range(3), "MDM": range(8), "AR2MDM": range(3)}
+SEEDS = {"AR": range(3), "MDM": range(11), "AR2MDM": range(3)}
 COUNTS = (1, 2, 3)
 RANDOM = 20  # distinct random sets at every k
 TEXTS = 16  # passages of prose to choose layers on, and the same number to evaluate them on
