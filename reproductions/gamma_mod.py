@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,7 +72,7 @@ FASTV = 1  # the layer whose attention selects tokens: the second, as in FastV's
 PILOT, SEEDS, FEWER = 0, range(1, 9), range(1, 4)
 GRID = (2.5e-4, 5e-4, 1e-3)
 KEEPS = (0.9, 0.7, 0.5, 0.3)
-Positions = Literal["compact", "original"]
+ROUTING = Routing(skip=RHO)
 MORE = 4  # times the steps of fine-tuning
 ORIGINAL, LONGER = "lowest, original positions", f"lowest, original positions, {MORE} times the steps"
 
@@ -114,10 +114,8 @@ def ranks(size: Size, tasks: Sequence[str]) -> list[list[float]]:
     return attention_ranks(stack, prompts(stack, rows_of(size.folder(), tasks, PROBES, "calibration"))).tolist()
 
 
-def converted(size: Size, seed: int, layers: Sequence[int], rate: float | None, mask: bool = True,
-              positions: Positions = "compact") -> Any:  # fmt: skip
+def converted(size: Size, seed: int, layers: Sequence[int], rate: float | None, routing: Routing = ROUTING) -> Any:
     """Convert some layers, fine-tune unless the rate is None, and return the view in serving with its thresholds."""
-    routing = Routing(skip=RHO, mask=mask, positions=positions)
     view = convert(size.stack(), layers, routing, seed)
     if rate is not None:
         with torch.enable_grad():
@@ -154,19 +152,19 @@ def nats(view: Any, rows: ImageText) -> float:
     return total / count
 
 
-def validated(size: Size, layers: Sequence[int] | None, mask: bool, rate: float) -> float:
+def validated(size: Size, layers: Sequence[int] | None, routing: Routing, rate: float) -> float:
     """Return the loss of an arm of the pilot on validation questions."""
-    view = whole(size, PILOT, rate) if layers is None else converted(size, PILOT, layers, rate, mask)
+    view = whole(size, PILOT, rate) if layers is None else converted(size, PILOT, layers, rate, routing)
     return nats(view, size.rows(size.validation, "calibration", 5))
 
 
-def served(size: Size, seed: int, layers: Sequence[int], rate: float | None, mask: bool = True,
-           positions: Positions = "compact", keeps: Sequence[float] = ()) -> dict[str, Any]:  # fmt: skip
+def served(size: Size, seed: int, layers: Sequence[int], rate: float | None, routing: Routing = ROUTING,
+           keeps: Sequence[float] = ()) -> dict[str, Any]:  # fmt: skip
     """Test a converted model at calibrated and other thresholds, and with the tokens that training would select.
 
     Also measure how well the routers at inference predict that selection.
     """
-    view = converted(size, seed, layers, rate, mask, positions)
+    view = converted(size, seed, layers, rate, routing)
     policy: MixtureOfDepths = view.lamella_policy
     test, few = size.rows(size.test, "test"), size.rows(min(TRACED, size.test), "test")
     now = observe(view, few)
@@ -288,8 +286,9 @@ def claims(run: Run, size: Size) -> None:
     lost = base - changed
     run.premise("accuracy lost by conversion, before fine-tuning", f"at least {HARM:.0%}", f"{lost:.1%}", lost >= HARM)
 
-    scores = {"whole": partial(validated, size, None, True), "lowest": partial(validated, size, low, True),
-              "no mask": partial(validated, size, low, False)}  # fmt: skip
+    no_mask, original = replace(ROUTING, mask=False), replace(ROUTING, positions="original")
+    scores = {"whole": partial(validated, size, None, ROUTING), "lowest": partial(validated, size, low, ROUTING),
+              "no mask": partial(validated, size, low, no_mask)}  # fmt: skip
     rates = {name: each.value for name, each in tuned(run, scores, GRID).items()}
     run.freeze(
         "mean over seeds and test questions of the difference of accuracies",
@@ -300,7 +299,7 @@ def claims(run: Run, size: Size) -> None:
         keeps = KEEPS if seed == SEEDS[0] else ()
         ours = run.arm(f"lowest, seed {seed}", served, size, seed, low, rates["lowest"], keeps=keeps)
         found["lowest"].append(ours)
-        found["no mask"].append(run.arm(f"no mask, seed {seed}", served, size, seed, low, rates["no mask"], False))
+        found["no mask"].append(run.arm(f"no mask, seed {seed}", served, size, seed, low, rates["no mask"], no_mask))
         others = run.arm(f"whole, seed {seed}", unconverted, size, seed, rates["whole"], ours["work"])
         for name, each in others.items():
             found.setdefault(name, []).append(each)
@@ -310,9 +309,8 @@ def claims(run: Run, size: Size) -> None:
             found.setdefault(name, []).append(arm)
     longer = replace(size, steps=MORE * size.steps)
     for name, each, seeds in ((ORIGINAL, size, SEEDS), (LONGER, longer, FEWER)):
-        arms = [run.arm(f"{name}, seed {seed}", served, each, seed, low, rates["lowest"], positions="original")
-                for seed in seeds]  # fmt: skip
-        found[name] = arms
+        found[name] = [run.arm(f"{name}, seed {seed}", served, each, seed, low, rates["lowest"], original)
+                       for seed in seeds]  # fmt: skip
     before = [run.arm(f"untrained, seed {seed}", served, size, seed, low, None) for seed in FEWER]
     compared(run, size, found, before)
 
