@@ -288,7 +288,7 @@ class AnchoredLoss(Hook):
             return task
         self.losses.append(task.detach())
         with torch.no_grad():
-            penalty = self.strength * self.ours.of(self.theta)
+            penalty = self.strength * self.ours.of(self.theta) if self.strength else torch.zeros_like(task)
         return task + penalty, {"task": task.detach(), "penalty": penalty}
 
     def begin(self, run: TrainingRun) -> None:
