@@ -21,7 +21,9 @@ SAMPLES = blocks(TOKENS, (2, 8))
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "opt", "qwen3_moe", "gemma3_text", "vit"])
 def test_the_default_has_the_groups_that_trainer_makes(family: str, tmp_path: Path) -> None:
     model = nano(family)
-    arguments = TrainingArguments(str(tmp_path), weight_decay=0.3, adam_beta2=0.9, optim="adamw_torch", use_cpu=True)
+    arguments = TrainingArguments(
+        str(tmp_path), weight_decay=0.3, adam_beta2=0.9, optim="adamw_torch_fused", use_cpu=True
+    )
     theirs = Trainer(model, arguments).create_optimizer()
     ours = adamw(model, choose(model), TrainConfig(weight_decay=0.3, betas=(0.9, 0.9)))
     assert type(ours) is torch.optim.AdamW
@@ -41,6 +43,26 @@ def test_no_vector_decays_whatever_it_is_called() -> None:
     )
     assert {id(each) for each in decayed} == {id(model[0].weight), id(model[2][1].weight)}
     assert len(decayed) + len(others) == len(list(model.parameters()))
+
+
+def test_the_fused_step_is_adamw_in_float64() -> None:
+    model, wide = nano("llama"), nano("llama").double()
+    ours = adamw(model, choose(model), TrainConfig(weight_decay=0.3))
+    exact = [{**group, "params": [], "fused": False} for group in ours.param_groups]
+    names = {id(each): name for name, each in model.named_parameters()}
+    for group, theirs in zip(ours.param_groups, exact, strict=True):
+        theirs["params"] = [wide.get_parameter(names[id(each)]) for each in group["params"]]
+    reference = torch.optim.AdamW(exact)
+    for _ in range(5):
+        for each, same in zip(model.parameters(), wide.parameters(), strict=True):
+            each.grad = torch.randn_like(each)
+            same.grad = each.grad.double()
+        for optimizer in (ours, reference):
+            for group in optimizer.param_groups:
+                group["lr"] = 0.01
+            optimizer.step()
+    for each, same in zip(model.parameters(), wide.parameters(), strict=True):
+        torch.testing.assert_close(each.double(), same, atol=1e-6, rtol=1e-5)
 
 
 def halves(model: nn.Module, trained: Any, config: TrainConfig) -> torch.optim.Optimizer:

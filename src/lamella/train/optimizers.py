@@ -30,6 +30,8 @@ UNDECAYED = ("bias", "layernorm", "rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:
 def adamw(model: nn.Module, trained: Mapping[str, nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
     """Create AdamW with the config's betas; weight decay applies only to weight matrices, not to biases or norms.
 
+    Its step is fused into one pass over the memory of a parameter, on a CPU, too.
+
     Args:
         model: the model, whose modules tell which parameters belong to norms.
         trained: the trained parameters by name.
@@ -41,7 +43,7 @@ def adamw(model: nn.Module, trained: Mapping[str, nn.Parameter], config: TrainCo
         {"params": [each for name, each in trained.items() if name in decayed], "weight_decay": config.weight_decay},
         {"params": [each for name, each in trained.items() if name not in decayed], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=1.0, betas=config.betas)
+    return torch.optim.AdamW(groups, lr=1.0, betas=config.betas, fused=True)
 
 
 def factory_name(factory: Factory) -> str:
