@@ -30,7 +30,7 @@ UNDECAYED = ("bias", "layernorm", "rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:
 def adamw(model: nn.Module, trained: Mapping[str, nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
     """Create AdamW with the config's betas; weight decay applies only to weight matrices, not to biases or norms.
 
-    Its step is fused into one pass over the memory of a parameter, on a CPU, too.
+    It uses PyTorch's fused implementation, which is faster on a CPU, too.
 
     Args:
         model: the model, whose modules tell which parameters belong to norms.
