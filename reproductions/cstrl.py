@@ -11,7 +11,7 @@ Three premises come first: a gap sentence can be predicted from its source; trai
 sentences, so that there is something to prevent; and a teacher summarises better than a student of an eighth of its
 parameters that is trained on the same pairs. Students are trained with and without distillation.
 
-    python reproductions/cstrl.py            # about an hour and a half on one core; an interrupted run resumes
+    python reproductions/cstrl.py            # two to three hours on one core; an interrupted run resumes
     python reproductions/cstrl.py --quick    # a small random Llama on 32 pairs, which shows no effect
 """
 

@@ -9,7 +9,7 @@ row of the table. Further checks are schedules at equal fractions and, as closel
 withdrawal, including fewer denoising steps, the recovery of information on one trajectory, and the time of a step.
 Intervals are over seeds and questions; the short and the long task are never pooled.
 
-    python reproductions/dmllm_token_redundancy.py            # about 80 minutes on one core; an interrupted run resumes
+    python reproductions/dmllm_token_redundancy.py            # about two hours on one core; an interrupted run resumes
     python reproductions/dmllm_token_redundancy.py --quick    # models that do not meet the premise
 """
 

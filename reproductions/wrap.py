@@ -12,7 +12,7 @@ B. SmolLM2-135M-Instruct rephrases prose: the kept and the dropped rephrases by 
 C. SmolLM2 without four layers is healed on 50,000 tokens of real text only, or on half of them and equally many tokens
 of the whole model's rephrases.
 
-    python reproductions/wrap.py            # about an hour and a half of one thread; an interrupted run resumes
+    python reproductions/wrap.py            # about two hours of one thread; an interrupted run resumes
     python reproductions/wrap.py --quick    # fewer facts and arms, one seed, four passages
 """
 
