@@ -1,15 +1,15 @@
 """MuE at small scale: a nano vision-language encoder-decoder with early exits by image, by text and by token.
 
-A model of 6 and 6 layers is trained on rendered shapes of up to two objects (those of one kind look alike), and
-fine-tuned on questions about the colour or the position of an object, and on captions. Rows differ in difficulty: in an
-image of one object there is nothing to find, and in one of two the right object must be found; the words of a caption
-differ, too. There are three arms, each at its own rate: the loss of the last layer, which is plain fine-tuning, of
-every layer, and of every layer with separate modalities, which is MuE. The main claim: at a reduction of 40 % by
-layers, MuE keeps 96 % of the accuracy of plain fine-tuning; it is no less accurate than the same exits shuffled over
-rows; and exits of the encoder save layers beyond those of the decoder. Thresholds are chosen on held-out rows, slightly
-beyond the aim. Further checks are the cost of the loss of every layer, one exit for both modalities, whether images of
-two objects exit later than those of one, and the time of one request against the prediction from multiplications.
-Answers count as correct if they match exactly, and exits are measured with teacher forcing.
+A model of 6 and 6 layers is trained on rendered shapes of up to two objects (those of one kind look alike) until it
+answers, and fine-tuned on questions about the colour or the position of an object, and on captions. Rows differ in
+difficulty: in an image of one object there is nothing to find, and in one of two the right object must be found; the
+words of a caption differ, too. There are three arms, each at its own rate: the loss of the last layer, which is plain
+fine-tuning, of every layer, and of every layer with separate modalities, which is MuE. The main claim: at a reduction
+of 40 % by layers, MuE keeps 96 % of the accuracy of plain fine-tuning; it is no less accurate than the same exits
+shuffled over rows; and exits of the encoder save layers beyond those of the decoder. Thresholds are chosen on held-out
+rows, slightly beyond the aim. Further checks are the cost of the loss of every layer, one exit for both modalities,
+whether images of two objects exit later than those of one, and the time of one request against the prediction from
+multiplications. Answers count as correct if they match exactly, and exits are measured with teacher forcing.
 
     python reproductions/mue.py            # about an hour and a half on one core; an interrupted run resumes
     python reproductions/mue.py --quick    # a model that does not meet the premise, and the time of a request
@@ -73,7 +73,7 @@ OBJECTS = 2  # at most, in an image
 TASKS = {"questions": ("colour", "position"), "captions": ("caption",)}
 MIXED = ("colour", "position", "caption")
 ARMS = ("last layer", "every layer", "apart")
-PILOT, SEEDS = 100, (0, 1, 2, 3)
+PILOT, SEEDS = 100, (4, 5, 6, 7)
 GRID = (3e-4, 6e-4, 1.2e-3)
 LEARNED = 0.8  # required accuracy of plain fine-tuning
 SOME = 0.1  # required share of correct rows that the first decoder layer answers, and of those that it does not
@@ -213,6 +213,12 @@ def validated(size: Size, arm: str, rate: float) -> float:
     model = fine_tuned(size, arm, PILOT, rate)
     views = viewed(model, ExitSettings(), fused=arm != "apart")
     return fmean(measure_exits(views, size.held(task)).loss for task in TASKS)
+
+
+def answered(size: Size, seed: int) -> float:
+    """Return the exact match of the model of a seed before fine-tuning on held-out questions."""
+    model = open_model(opened_vlm(size.folder(seed)))
+    return exact_match(measure_exits(viewed(model, ExitSettings(), fused=True), size.held("questions")))
 
 
 def difficulty(size: Size, rates: Mapping[str, float]) -> dict[str, float]:
@@ -371,6 +377,10 @@ def cut(model: Model, settings: ExitSettings, test: ImageText, held_out: ImageTe
 
 
 def claims(run: Run, size: Size) -> None:
+    seeds = SEEDS[:1] if run.quick else SEEDS
+    least = min(run.arm(f"before fine-tuning, seed {seed}", answered, size, seed) for seed in (PILOT, *seeds))
+    name = "questions: exact match before fine-tuning, lowest of all models"
+    run.premise(name, f"at least {LEARNED:.0%}", f"{least:.1%}", least >= LEARNED)
     rates = dict.fromkeys(ARMS, GRID[1])
     if not run.quick:
         chosen = tuned(run, {arm: partial(validated, size, arm) for arm in ARMS}, GRID)
@@ -500,7 +510,7 @@ def experiment(run: Run) -> None:
     claims(run, QUICK if run.quick else FULL)
 
 
-FULL = Size(base=800, steps=700, held_out=200, test=500)
+FULL = Size(base=2400, steps=700, held_out=200, test=500)
 QUICK = Size(base=8, steps=4, held_out=16, test=16)
 
 if __name__ == "__main__":
