@@ -395,7 +395,7 @@ def experiment(run: Run) -> None:
         claims(run, QUICK if run.quick else FULL)
 
 
-FULL = Size(layers=12, steps=1000, calibration=256, searched=64, test=1000, grid=20)
+FULL = Size(layers=12, steps=2000, calibration=256, searched=64, test=1000, grid=20)
 QUICK = Size(layers=3, steps=60, calibration=16, searched=8, test=40, grid=4)
 
 if __name__ == "__main__":
