@@ -685,10 +685,10 @@ def points(found: Found, name: str, key: str) -> np.ndarray[Any, Any]:
 
 
 def more(found: Found, name: str, other: str, key: str) -> Measured:
-    """Return the difference of two arms in points, over seeds and questions, of which each seed has its own."""
+    """Return the difference of two arms in points, over seeds, each with its own questions."""
     ours, theirs = points(found, name, key), points(found, other, key)
     count = min(len(ours), len(theirs))
-    return Measured.over_seeds_and_items(ours[:count] - theirs[:count], shared=False)
+    return Measured.over_seeds((ours[:count] - theirs[:count]).mean(axis=1).tolist())
 
 
 def both(found: Found, name: str) -> list[float]:

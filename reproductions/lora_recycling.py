@@ -233,7 +233,7 @@ def claims(run: Run, model: str, found: Mapping[str, np.ndarray], add: Callable[
     """
 
     def apart(one: str, other: str) -> Measured:
-        return Measured.over_seeds_and_items(found[one] - found[other], shared=False)
+        return Measured.over_seeds((found[one] - found[other]).mean(axis=1).tolist())
 
     gap = apart(BOTH, BOTH_RANDOM)
     add(f"{model}: {BOTH} against {BOTH_RANDOM}", f"{-SAME} to {SAME}", gap, gap.within(-SAME, SAME))
@@ -251,7 +251,7 @@ def claims(run: Run, model: str, found: Mapping[str, np.ndarray], add: Callable[
 
 def draw(run: Run, found: Mapping[str, np.ndarray]) -> None:
     """Plot the fractions of exact answers."""
-    shares = {arm: Measured.over_seeds_and_items(each, shared=False) for arm, each in found.items()}
+    shares = {arm: Measured.over_seeds(each.mean(axis=1).tolist()) for arm, each in found.items()}
     pooled = (UNRELATED, BOTH, RELATED, "best single related", "average of the unrelated")
     bars = {arm: (each.figure, (each.high - each.low) / 2, arm in pooled) for arm, each in shares.items()}
     run.figure("lora-recycling-arms", by_arm(bars))

@@ -342,9 +342,8 @@ def at_share(run: Run, share: float, found: Sequence[dict[str, dict[str, Any]]])
     ):
         ratio = relative(other)
         check(f"{share:.0%}: KL by {other}, relative to MoDES's", f"at least {factor}", ratio, ratio.at_least(factor))
-    margin = Measured.over_seeds_and_items(
-        [100 * (values(each[OURS]["right"]) - KEPT * values(each[OURS]["whole"])) for each in found], shared=False
-    )
+    right, whole = ([fmean(each[OURS][model]) for each in found] for model in ("right", "whole"))
+    margin = Measured.over_seeds([100 * (ours - KEPT * theirs) for ours, theirs in zip(right, whole, strict=True)])
     claim(f"{share:.0%}: accuracy less {KEPT:.0%} of the model's, points", "at least 0", margin, margin.at_least(0))
     left = Measured.over_seeds([stays(each[OURS]) for each in found])
     name = f"{share:.0%}: fraction of the model's correct answers that stay correct"

@@ -29,7 +29,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from harness import Run, main
 from harness.design import tuned
@@ -385,8 +384,7 @@ def claims(run: Run, found: dict[str, list[dict[str, Any]]], junk: Sequence[floa
     def apart(what: str, ours: str, theirs: str) -> Measured:
         """Return the difference of completed facts in points, over the seeds of both arms."""
         both = zip(found[ours], found[theirs], strict=False)
-        differences = [100 * (np.array(a[what], float) - np.array(b[what], float)) for a, b in both]
-        return Measured.over_seeds_and_items(differences, shared=False)
+        return Measured.over_seeds([100 * (fmean(a[what]) - fmean(b[what])) for a, b in both])
 
     def perplexity(ours: str, theirs: str) -> Measured:
         both = zip(found[ours], found[theirs], strict=False)

@@ -284,8 +284,8 @@ def controlled(run: Run) -> None:
 
     ratio = log_ratio(clean, "wrap (answers)", "real").exp()
     run.main("perplexity of the clean styles, wrap relative to real", "at most 0.9", ratio, ratio.at_most(0.9))
-    right = {arm: 100 * np.array([each["right"] for each in seen], float) for arm, seen in found.items()}
-    points = Measured.over_seeds_and_items(right["wrap (answers)"] - right["real"], shared=False)
+    right = {arm: np.array([100 * fmean(each["right"]) for each in seen]) for arm, seen in found.items()}
+    points = Measured.over_seeds((right["wrap (answers)"] - right["real"]).tolist())
     run.main("recall of facts, wrap - real, points", "at least 5", points, points.at_least(5))
 
     def above(style: str, ours: str, theirs: str) -> Measured:
@@ -295,7 +295,7 @@ def controlled(run: Run) -> None:
     run.further("perplexity of noise, wrap relative to real", "at most 1.05", loss, loss.at_most(1.05))
     if run.quick:
         return
-    guessed = Measured.over_seeds_and_items(right["wrap (answers)"] - right["answers only"], shared=False)
+    guessed = Measured.over_seeds((right["wrap (answers)"] - right["answers only"]).tolist())
     run.further("recall of facts, wrap - answers only (guessing), points", "above 0", guessed, guessed.at_least(0))
     worse = above("noise", "answers only", "wrap (answers)")
     run.further("perplexity of noise, answers only relative to wrap", "at least 1.2", worse, worse.at_least(1.2))

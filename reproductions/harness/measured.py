@@ -7,13 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.stats import norm, t
+from scipy.stats import t
 
 from lamella.evaluate import Ratio
 from lamella.results.record import together
 
 LEVEL = 0.95
-RESAMPLES = 10_000  # of a bootstrap
 
 
 @dataclass(frozen=True)
@@ -41,31 +40,35 @@ class Measured:
         return cls(mean, mean - half, mean + half)
 
     @classmethod
-    def over_seeds_and_items(cls, values: ArrayLike, shared: bool = True) -> Measured:
-        """Return the mean with its 95 % interval by a hierarchical bootstrap over seeds and test items.
+    def over_seeds_and_items(cls, values: ArrayLike) -> Measured:
+        """Return the mean with its 95 % interval, where all seeds are tested on the same items.
 
-        Compare arms seed by seed and item by item: give differences or logarithms of ratios. Resamples of few seeds
-        vary too little, so the interval is widened as a t interval is. With a single seed it speaks of items alone.
+        Seeds and items are crossed random effects. The variance of the mean follows from the mean squares of a two-way
+        analysis of variance, and its degrees of freedom from Satterthwaite's approximation. A mean square of seeds or
+        items below that of the rest is replaced by it. With a single seed the interval speaks of items alone.
+
+        Compare arms seed by seed and item by item: give differences or logarithms of ratios. If each seed has its own
+        items, use :meth:`over_seeds` on the means, which vary by the items too.
 
         Args:
             values: paired values [seeds, items].
-            shared: whether all seeds are tested on the same items; otherwise each seed has its own.
+
+        Source: Satterthwaite, "An Approximate Distribution of Estimates of Variance Components", 1946.
         """
         x = np.asarray(values, float)
         seeds, items = x.shape
-        random = np.random.default_rng(0)
-        of_seeds = random.multinomial(seeds, np.full(seeds, 1 / seeds), RESAMPLES) / seeds
-        if shared:
-            of_items = random.multinomial(items, np.full(items, 1 / items), RESAMPLES) / items
-            means = ((of_seeds @ x) * of_items).sum(axis=1)
-        else:
-            each = [random.multinomial(items, np.full(items, 1 / items), RESAMPLES) @ row / items for row in x]
-            means = (of_seeds * np.stack(each, axis=1)).sum(axis=1)
-        mean, ends = float(x.mean()), np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-        if seeds > 1:
-            wider = t.ppf((1 + LEVEL) / 2, seeds - 1) / norm.ppf((1 + LEVEL) / 2) * (seeds / (seeds - 1)) ** 0.5
-            ends = mean + wider * (ends - mean)
-        return cls(mean, float(ends[0]), float(ends[1]))
+        if min(seeds, items) == 1:
+            return cls.over_seeds(x.ravel().tolist())
+        of_seeds, of_items, mean = x.mean(axis=1, keepdims=True), x.mean(axis=0, keepdims=True), float(x.mean())
+        free = np.array([seeds - 1, items - 1, (seeds - 1) * (items - 1)])
+        squares = np.array([items * of_seeds.var(), seeds * of_items.var(), (x - of_seeds - of_items + mean).var()])
+        squares *= np.array([seeds, items, seeds * items]) / free
+        squares[:2] = squares[:2].clip(min=squares[2])
+        if not squares.any():
+            return cls(mean, mean, mean)
+        spread = squares[0] + squares[1] - squares[2]
+        half = float(t.ppf((1 + LEVEL) / 2, spread**2 / (squares**2 / free).sum()) * (spread / x.size) ** 0.5)
+        return cls(mean, mean - half, mean + half)
 
     def exp(self) -> Measured:
         """Return the exponential, a ratio if the values are means of logarithms of ratios."""

@@ -288,31 +288,34 @@ def test_a_mean_over_seeds_decides_where_its_interval_leaves_the_threshold_out(m
     assert (alone.low, alone.high, str(alone)) == (2, 2, "2") and alone.at_least(2) and alone.at_least(2.1) is False
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_an_interval_over_seeds_and_items_covers_the_mean_as_often_as_it_says(shared, monkeypatch):
+@pytest.mark.parametrize("spread", [(0.3, 1.0, 0.5), (1.0, 0.3, 0.5), (0.0, 1.0, 3.0)], ids=["items", "seeds", "rest"])
+def test_an_interval_over_seeds_and_items_covers_the_mean_as_often_as_it_says(spread, monkeypatch):
     monkeypatch.syspath_prepend(str(REPRODUCTIONS))
-    from harness import measured
+    from harness.measured import Measured
 
-    monkeypatch.setattr(measured, "RESAMPLES", 500)
-    random, covered = np.random.default_rng(0), 0
-    for _ in range(300):
-        seeds, items = random.normal(size=(5, 1)), random.normal(size=(1, 20) if shared else (5, 20))
-        found = measured.Measured.over_seeds_and_items(
-            0.7 + 0.3 * seeds + items + 0.5 * random.normal(size=(5, 20)), shared
-        )
+    of_seeds, of_items, rest = spread
+    random, covered, widths = np.random.default_rng(0), 0, []
+    for _ in range(1000):
+        seeds, items = of_seeds * random.normal(size=(4, 1)), of_items * random.normal(size=(1, 50))
+        found = Measured.over_seeds_and_items(0.7 + seeds + items + rest * random.normal(size=(4, 50)))
         covered += found.low <= 0.7 <= found.high
-    assert 0.92 <= covered / 300 <= 1.0
+        widths.append(found.high - found.low)
+    assert covered / 1000 >= 0.92
+    known = (of_seeds**2 / 4 + of_items**2 / 50 + rest**2 / 200) ** 0.5  # the standard error of the mean
+    assert np.mean(widths) <= 2 * 3.18 * known  # by Student's t with one degree of freedom fewer than seeds
 
 
-def test_an_interval_over_seeds_and_items_is_students_where_items_do_not_vary(monkeypatch):
+def test_an_interval_over_seeds_and_items_is_students_where_only_one_of_them_varies(monkeypatch):
     monkeypatch.syspath_prepend(str(REPRODUCTIONS))
     from harness.measured import Measured
 
     values = np.random.default_rng(0).normal(size=40)
-    found = Measured.over_seeds_and_items(np.repeat(values[:, None], 3, axis=1))
     expected = Measured.over_seeds(values.tolist())
-    assert found.figure == pytest.approx(expected.figure)
-    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=0.03)
+    for same in (np.repeat(values[:, None], 3, axis=1), np.repeat(values[None], 3, axis=0), values[None]):
+        found = Measured.over_seeds_and_items(same)
+        assert (found.figure, found.low, found.high) == pytest.approx((expected.figure, expected.low, expected.high))
+    one = Measured.over_seeds_and_items(np.ones((3, 4)))
+    assert (one.low, one.high) == (1, 1)
     assert str(Measured(0.0, -0.1, 0.1).exp()) == "1 (0.9048 to 1.105)"
 
 
