@@ -12,7 +12,7 @@ sentences, so that there is something to prevent; and a teacher summarises bette
 parameters that is trained on the same pairs. Students are trained with and without distillation. A student that answers
 every source alike says nothing about distillation, so that its different answers are counted before the final seeds.
 
-    python reproductions/cstrl.py            # two to three hours on one core; an interrupted run resumes
+    python reproductions/cstrl.py            # about 3.5 hours on one core; an interrupted run resumes
     python reproductions/cstrl.py --quick    # a small random Llama on 32 pairs, which shows no effect
 """
 
