@@ -65,8 +65,8 @@ from lamella.stack import Model, open_model, share
 from lamella.train import Task, TrainConfig, fit, mean_loss, response_loss
 from lamella.zoo import open_tokenizer
 
-PYTORCH = (Path(torch.__file__).with_name(part) for part in ("ao", "cuda", "distributed", "fx", "nn", "utils"))
-SOURCES = (Path(sysconfig.get_path("stdlib")), *PYTORCH)
+PYTORCH = ("ao", "cuda", "distributed", "fx", "nn", "utils")
+SOURCES = (Path(sysconfig.get_path("stdlib")), *(Path(torch.__file__).with_name(part) for part in PYTORCH))
 FOREIGN = {"site-packages", "dist-packages", "test", "tests", "pydoc_data", "idlelib", "lib2to3"}
 PREFIX = "summarize: "
 FLOOR = 0.2 / 0.9  # final fraction of lambda, as published
@@ -283,14 +283,14 @@ def rises(scale: Scale, seed: int, folder: Path, rate: float, lam: float) -> lis
 
 
 def teaching(scale: Scale, seed: int, rate: float, folder: Path) -> list[float]:
-    """Train on summaries directly, keep this teacher in a folder, and return what :func:`heard` returns of it."""
+    """Train on summaries directly, keep this teacher in a folder, and return its :func:`held_out_scores`."""
     world = World(scale, seed)
     teacher, _ = summarising(world, base(scale.pretrained), rate)
     teacher.model.save_pretrained(folder)
-    return heard(world, teacher)
+    return held_out_scores(world, teacher)
 
 
-def heard(world: World, model: Model) -> list[float]:
+def held_out_scores(world: World, model: Model) -> list[float]:
     """Return ROUGE-1 of the held-out pairs, and the number of different texts."""
     texts = world.texts(model, world.held_out)
     return [fmean(scored(texts, world.held_out)), len(set(texts))]
@@ -315,9 +315,9 @@ def validated_student(rate: float, scale: Scale, seed: int, alpha: float, folder
 
 
 def without_teacher(scale: Scale, seed: int, rate: float, folder: Path) -> list[float]:
-    """Train a student on labels only, and return what :func:`heard` returns of it."""
+    """Train a student on labels only, and return its :func:`held_out_scores`."""
     world = World(scale, seed)
-    return heard(world, taught(world, opened(folder), rate, 0.0))
+    return held_out_scores(world, taught(world, opened(folder), rate, 0.0))
 
 
 def directly(scale: Scale, seed: int, rate: float, student_rates: Mapping[str, float]) -> dict[str, Any]:

@@ -45,7 +45,7 @@ class Measured:
 
         Seeds and items are crossed random effects. The variance of the mean follows from the mean squares of a two-way
         analysis of variance, and its degrees of freedom from Satterthwaite's approximation. A mean square of seeds or
-        items below that of the rest is replaced by it. With a single seed the interval speaks of items alone.
+        items below the residual one is replaced by that. With a single seed the interval speaks of items alone.
 
         Compare arms seed by seed and item by item: give differences or logarithms of ratios. If each seed has its own
         items, use :meth:`over_seeds` on the means, which vary by the items too.
