@@ -366,7 +366,7 @@ def of_captions(run: Run) -> None:
                     f"{min(seen):.1%}", min(seen) >= 0.9)  # fmt: skip
     found = {cut: [run.arm(f"captions at {cut}, {seed}", attacked, run, cut, seed) for seed in seeds] for cut in cuts}
 
-    def right(cut: str, of: str, name: str) -> Any:  # [seeds, objects], in points
+    def right(cut: str, of: str, name: str) -> Any:  # [seeds, captions], in points
         return 100 * np.array([each[of][name] for each in found[cut]], float)
 
     def said(cut: str, of: str) -> float:
@@ -397,7 +397,7 @@ def of_captions(run: Run) -> None:
               [[truth, *(found[cut][0]["some"][n] for cut in found)] for n, truth in enumerate(examples)])  # fmt: skip
 
     def gain(cut: str, name: str) -> Any:
-        """Return for each seed and object the gain over another image's features."""
+        """Return for each seed and caption the gain over another image's features."""
         return right(cut, "own", name) - right(cut, "other", name)
 
     first, last = cuts[0], cuts[-1]
@@ -414,7 +414,7 @@ def of_captions(run: Run) -> None:
 
 
 def attacked(run: Run, cut: str, seed: int) -> dict[str, Any]:
-    """Train a captioner on the features of one cut, and return its words, right or wrong, object by object."""
+    """Train a captioner on the features of one cut, and return the fractions of words that it reads in each caption."""
     tests, written, longest = (40, 8, 6) if run.quick else (JUDGED, WRITTEN, LONGEST)
     victim = seeing(run, seed)
     theirs = [image for image, _ in captioned("calibration", _count(run), 1)]
@@ -448,22 +448,21 @@ def attacked(run: Run, cut: str, seed: int) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def words_read(captioner: Captioner, features: Sequence[Tensor], texts: Sequence[str]) -> dict[str, list[int]]:
-    """Return for each object of each caption whether its colour, shape and cell are read from the features (1) or not.
+def words_read(captioner: Captioner, features: Sequence[Tensor], texts: Sequence[str]) -> dict[str, list[float]]:
+    """Return for each caption the fraction of its objects whose colour, shape and cell are read from the features.
 
     Each word is the most likely one given the features and the true words before it.
     """
     rows = tokenise_captions(captioner.tokenizer, texts)
-    right: dict[str, list[int]] = {name: [] for name in ATTRIBUTES}
+    right: dict[str, list[float]] = {name: [] for name in ATTRIBUTES}
     samples = Lazy(range(len(rows)), lambda number: (features[number], rows[number]))
     for batch in batches(samples, BATCH):
         x = torch.stack([each for each, _ in batch])
         ids, mask = (torch.stack([row[name] for _, row in batch]) for name in ("ids", "mask"))
-        same = (captioner.logits(x, ids, mask).argmax(-1) == ids).int()
+        same = (captioner.logits(x, ids, mask).argmax(-1) == ids).float()
         for row, length in zip(same, mask.sum(1).tolist(), strict=True):
-            for start in range(0, length - 1, 5):  # without the end token
-                for name, offset in ATTRIBUTES.items():
-                    right[name].append(int(row[start + offset]))
+            for name, offset in ATTRIBUTES.items():
+                right[name].append(float(row[offset : length - 1 : 5].mean()))  # without the end token
     return right
 
 

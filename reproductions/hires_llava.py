@@ -290,8 +290,8 @@ Right = Any  # [seeds, digits, positions], 0 or 1
 
 
 def at(right: Right, where: Any) -> Any:
-    """Return what is right at some positions, in percent [seeds, items]."""
-    return 100 * right[:, :, where].reshape(len(right), -1)
+    """Return how often each digit is right at some positions, in percent [seeds, digits]."""
+    return 100 * right[:, :, where].mean(2)
 
 
 def table_of(run: Run, title: str, arms: dict[str, Right]) -> None:
@@ -361,7 +361,7 @@ def samplers(run: Run) -> None:
     table_of(run, "Samplers of four tokens per slice, with adapters", found)
     for share, steps in product(SHARES, (SHORT, ARM.steps or 0)):
         ours, theirs = (found[f"{name}, {share:.0%} of the digits, {steps} steps"] for name in ways)
-        gain = Measured.over_seeds_and_items(100 * (ours - theirs).reshape(len(ours), -1))
+        gain = Measured.over_seeds_and_items(at(ours - theirs, slice(None)))
         name = f"mined over learnt queries, {share:.0%} of the digits, {steps} steps, points"
         run.further(name, "at least 0", gain, gain.at_least(0))
 
@@ -450,9 +450,9 @@ def experiment(run: Run) -> None:
     run.table("SmolLM2-135M, frozen, behind the tower", ["", "right answers, %"],
               [[name, 100 * float(np.mean(found[each]))] for name, each in arms.items()])  # fmt: skip
     for name, other in list(arms.items())[1:]:
-        apart = [100 * (a - b) for a, b in zip(found["seen"], found[other], strict=True)]
-        more = Measured.over_seeds_and_items([apart])
-        run.further(f"SmolLM2: right answers over those {name}, points", "above 0", more, more.low > 0)
+        apart = 100 * (np.array(found["seen"]) - np.array(found[other])).reshape(1, -1, 9).mean(2)  # [1, digits]
+        more = Measured.over_seeds_and_items(apart)
+        run.further(f"SmolLM2: right answers over those {name}, points", "at least 0", more, more.at_least(0))
 
 
 if __name__ == "__main__":

@@ -35,8 +35,8 @@ def test_words_that_are_read_count_for_their_object_alone(
     names: Any = tokenizer
     names.eos_token_id = 0
     found = words_read(SimpleNamespace(tokenizer=names, logits=logits), torch.zeros(2, 3), CAPTIONS)
-    objects = [each.split()[:4] for caption in CAPTIONS for each in caption.split(" and ")]
+    captions = [[each.split()[:4] for each in caption.split(" and ")] for caption in CAPTIONS]
     assert found == {
-        name: [int(words[place] not in wrong) for words in objects]
+        name: [sum(words[place] not in wrong for words in objects) / len(objects) for objects in captions]
         for name, place in (("colour", 0), ("shape", 1), ("cell", 3))
     }
