@@ -47,6 +47,7 @@ from lamella.evaluate import answered
 from lamella.methods.hires_llava import HiResLlava, Slicing, TileLayout, compare_neighbours, patch_maps, with_slices
 from lamella.methods.hires_llava.recipe import train
 from lamella.methods.hires_llava.slicing import make_tiles
+from lamella.report.figures import Bars
 from lamella.train import TrainConfig, class_cross_entropy, fit, supervised
 from lamella.zoo import open_tokenizer
 from lamella.zoo.worlds import word_tokenizer
@@ -327,6 +328,9 @@ def claims(run: Run) -> dict[str, float]:
     found = {name: of_seeds(name, each, seeds) for name, each in CLAIMED.items()}
     found |= {name: of_seeds(name, each, FEW[: len(seeds)]) for name, each in BESIDE.items()}
     table_of(run, f"Digits that are named, by the number of seams: {ARM.steps} steps", found)
+    means = {name: [at(right, cut).mean() for cut in CUTS.values()] for name, right in found.items()}
+    bars = Bars("position of the digit", "digits that are named, %", means, positions=tuple(CUTS))
+    run.figure("hires-llava-seams", bars)
     crossing = Measured.over_seeds_and_items(at(found[BOTH], ON_SEAMS) - at(found[CONFINED], ON_SEAMS))
     run.main("adapters over confined ones on seams, points", "at least 3", crossing, crossing.at_least(3))
     kept = Measured.over_seeds_and_items(at(found[BOTH], INSIDE) - at(found[ALONE], INSIDE))
