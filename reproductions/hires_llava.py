@@ -454,8 +454,8 @@ def experiment(run: Run) -> None:
     run.table("SmolLM2-135M, frozen, behind the tower", ["", "right answers, %"],
               [[name, 100 * float(np.mean(found[each]))] for name, each in arms.items()])  # fmt: skip
     for name, other in list(arms.items())[1:]:
-        apart = 100 * (np.array(found["seen"]) - np.array(found[other])).reshape(1, -1, 9).mean(2)  # [1, digits]
-        more = Measured.over_seeds_and_items(apart)
+        apart = (np.array(found["seen"]) - np.array(found[other])).reshape(1, -1, 9)
+        more = Measured.over_seeds_and_items(at(apart, slice(None)))
         run.further(f"SmolLM2: right answers over those {name}, points", "at least 0", more, more.at_least(0))
 
 

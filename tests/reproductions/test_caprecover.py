@@ -22,7 +22,7 @@ def tokenizer(text: str, add_special_tokens: bool) -> dict[str, list[int]]:
 
 
 @pytest.mark.parametrize("wrong", [("square",), ("red", "d4"), ()])
-def test_words_that_are_read_count_for_their_object_alone(
+def test_words_that_are_read_count_for_their_attribute_and_caption_alone(
     wrong: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "path", [str(REPRODUCTIONS), *sys.path])
