@@ -199,6 +199,19 @@ def test_an_axis_is_logarithmic_where_values_are_far_apart(values: list[float], 
     assert (axis(Lines("layer", "tokens", {"a": values}, log_y=given), "y").get("type") == "log") == log
 
 
+@pytest.mark.parametrize(("least", "tick"), [(0.1, "D2"), (1e-3, 1), (1e-14, 2), (1e-29, 4)])
+def test_a_logarithmic_axis_of_many_decades_has_few_ticks(least: float, tick: str | int) -> None:
+    values = [least, 2.0, 0.0]
+    points = [(float(place), value) for place, value in enumerate(values)]
+    assert axis(Bars("layer", "error", {"a": values}, horizontal=True, log_y=True), "x")["dtick"] == tick
+    assert axis(Scatter("layer", "error", {"a": points}, log_y=True), "y")["dtick"] == tick
+
+
+def test_labels_of_an_axis_are_not_cut() -> None:
+    figure = Bars("layer", "share", {"all": [0.1]}, positions=("a layer with quite a long name",), horizontal=True)
+    assert axis(figure, "x")["automargin"] and axis(figure, "y")["automargin"]
+
+
 @pytest.mark.parametrize("values", [[0.08], [0.08, 0.08], [0.0, 3.0], [0.01, 9.0], [0.0]])
 def test_an_axis_of_quantities_that_are_not_negative_has_no_negative_tick(values: list[float]) -> None:
     points = Scatter("layer", "loss", {"loss": [(float(i), value) for i, value in enumerate(values)]})

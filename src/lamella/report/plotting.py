@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import singledispatch
 from html import escape
@@ -18,6 +19,7 @@ MANY = 40  # points of a line above which markers are omitted
 ROW, TALL, LEAST, MOST, SQUARE = 26, 110, 240, 900, 420  # pixels: a row, the margin around rows, limits of a figure
 FEW = 12  # positions up to which each has a tick label
 CROWDED = 8  # column names above which they are rotated
+DECADES, MOST_TICKS = 3, 8  # decades of an axis from which only powers of ten have ticks, and how many of those
 LARGEST = 34  # maximum size of a mark in pixels
 
 
@@ -55,7 +57,7 @@ def _lines(figure: Lines) -> Any:
         }
         for name, values in figure.series.items()
     ]
-    y = _log() if figure.is_log_y else {"rangemode": "tozero"} if min(figure.values) >= 0 else {}
+    y = _log(figure.values) if figure.is_log_y else {"rangemode": "tozero"} if min(figure.values) >= 0 else {}
     longest = max(map(len, figure.series.values()))
     return _figure(figure, traces, _ticks(figure.positions, longest), y)
 
@@ -70,7 +72,7 @@ def _scatter(figure: Scatter) -> Any:
     every = [point for points in figure.points.values() for point in points.at]
     x, y = (_signed([point[axis] for point in every]) for axis in (0, 1))
     if figure.log_y:
-        y = _log()
+        y = _log([up for _, up in every])
     elif figure.from_zero:
         y |= {"rangemode": "tozero"}
     if figure.rows:
@@ -130,7 +132,10 @@ def _bars(figure: Bars) -> Any:
             trace[f"error_{up}"] = _error(values, figure.intervals[name]) | {"color": STRONG}
         traces.append(trace)
     longest = max(map(len, figure.series.values()))
-    positions, sizes = _ticks(figure.positions, longest), _log() if figure.log_y else {"rangemode": "tozero"}
+    positions, sizes = (
+        _ticks(figure.positions, longest),
+        _log(figure.values) if figure.log_y else {"rangemode": "tozero"},
+    )
     if not figure.horizontal:
         return _figure(figure, traces, positions, sizes, barmode=_mode(figure))
     turned = positions | {"autorange": "reversed", "title": {"text": plain(figure.x)}}
@@ -258,7 +263,7 @@ def _figure(
     from plotly import graph_objects  # imported here because it is slow and few commands need it
 
     titles = {"xaxis": {"title": {"text": plain(figure.x)}}, "yaxis": {"title": {"text": plain(figure.y)}}}
-    axes = {"xaxis": titles["xaxis"] | dict(x), "yaxis": titles["yaxis"] | dict(y)}
+    axes = {name: {"automargin": True} | titles[name] | dict(axis) for name, axis in (("xaxis", x), ("yaxis", y))}
     height = {"height": min(max(ROW * rows + TALL, LEAST), MOST)} if rows else {}
     legend = {"showlegend": sum("name" in trace for trace in traces) > 1}
     return graph_objects.Figure(list(traces), {"template": "none"} | axes | height | legend | layout)
@@ -277,8 +282,11 @@ def _ticks(positions: Positions, count: int) -> dict[str, Any]:
     return {"tickvals": _at(positions) or list(range(count))} if count <= FEW else {}
 
 
-def _log() -> dict[str, Any]:
-    return {"type": "log", "dtick": "D2", "tickformat": "~g"}
+def _log(values: Sequence[float]) -> dict[str, Any]:
+    """Return a logarithmic axis, with ticks at 1, 2 and 5 of each decade, or at every few decades if there are many."""
+    positive = [value for value in values if value > 0]
+    decades = math.log10(max(positive) / min(positive)) if positive else 0
+    return {"type": "log", "dtick": "D2" if decades < DECADES else math.ceil(decades / MOST_TICKS), "tickformat": "~g"}
 
 
 def _signed(values: Sequence[float]) -> dict[str, Any]:
