@@ -27,6 +27,7 @@ from lamella.methods.pre_rmsnorm.checking import means, output, probe
 from lamella.methods.pre_rmsnorm.rewrite import find_branches
 from lamella.plan import RewriteReference
 from lamella.plan.rewriting import wirings_of, with_rewrite
+from lamella.report.figures import Bars
 from lamella.stack import Model, open_model, share
 from lamella.zoo.cache import build_once
 from lamella.zoo.nano import randomise
@@ -174,6 +175,11 @@ def exactness(run: Run, sizes: tuple[int, ...], depths: tuple[int, ...]) -> None
         "the smallest"
     )
     run.table(title, ["", *columns], [[kind, *(f"{each:.1e}" for each in row)] for kind, row in worst.items()])
+    shown = {"replaced by RMSNorm, weights as they are": 4, "LayerNorm, in float32": 3, "rewritten, in float32": 2,
+             "rewritten": 0}  # fmt: skip
+    series = {name: [row[column] for row in worst.values()] for name, column in shown.items()}
+    bars = Bars("model", "largest difference over largest output", series, tuple(worst), horizontal=True, log_y=True)
+    run.figure("pre-rmsnorm-differences", bars)
     rms, crms, single_, _, _ = (max(column) for column in zip(*worst.values(), strict=True))
     ours, naive = max(rms, crms), min(row[-1] for row in worst.values())
     run.main("in float64, all kinds, widths, depths and forms", "at most 1e-10", f"{ours:.1e}", ours <= 1e-10)

@@ -56,6 +56,7 @@ from lamella.methods.slab.method import fold_norms, order_sites, rms_statistics
 from lamella.methods.slab.recipe import split_samples, without_norms
 from lamella.methods.slab.transition import BestCheckpoint, Transition, sizes
 from lamella.methods.slab.vision import Splits, accuracy, logits, refresh_and_merge, rows, train_network
+from lamella.report.figures import Bars
 from lamella.stack import Stack, share
 from lamella.train import Task, TrainConfig, blocks, class_cross_entropy, fit, mean_loss, own, supervised
 from lamella.train.losses import response_loss
@@ -201,6 +202,8 @@ def on_digits(run: Run, size: Size, rates: dict[str, Rate], seeds: Sequence[int]
         for name, rate in rates.items()
     }
     accuracies(run, f"{VIT.depth[0]} layers", found)
+    means = {"accuracy": [_mean(each, "trained") for each in found.values()]}
+    run.figure("slab-digits", Bars("network", "test images correct, %", means, tuple(found), horizontal=True))
 
     def best(names: Sequence[str]) -> str:
         return min(names, key=lambda name: min(rates[name].scores.values()))
