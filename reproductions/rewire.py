@@ -54,6 +54,7 @@ from lamella.data import (
 )
 from lamella.files import Work
 from lamella.methods.rewire import PoolRules, QualityFilter, Rewriting, cross_fitted, fit_quality, rewire, top
+from lamella.report.figures import Scatter
 from lamella.train import Sample, blocks
 
 LENGTH, BATCH = 128, 8
@@ -369,6 +370,9 @@ def controlled(run: Run) -> None:
     ]  # fmt: skip
     heads = ["perplexity of unseen articles", "recycled facts completed", "clean facts completed", "epochs", "seeds"]
     run.table(f"Students of {size['steps'] * BATCH * LENGTH / 1e6:.1f}M tokens", ["sees", *heads], rows)
+    facts = {arm: [(100 * recycled, 100 * clean)] for arm, _, recycled, clean, *_ in rows}
+    x, y = (f"facts of {text} articles that are completed, %" for text in ("degraded", "clean"))
+    run.figure("rewire-facts", Scatter(x, y, facts))
     pool = [[n, *(each[what] for what in ("of clean", "junk", "overlap", "spearman"))] for n, each in enumerate(given)]
     run.table(
         "The sets",

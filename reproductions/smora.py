@@ -42,6 +42,7 @@ from lamella.evaluate import Ratio
 from lamella.methods.smora import LoadBalance, RankExperts, TaskExamples, Usage, trains, with_prompts
 from lamella.methods.smora.baselines import HydraLora, LoraMixture, MosLora
 from lamella.plan import ModelReference, Plan, attach
+from lamella.report.figures import Bars
 from lamella.runtime import apply
 from lamella.stack import Stack, share
 from lamella.train import Sample, Task, TrainConfig, add_lora, collate, fit, linear_at, pairs
@@ -351,12 +352,12 @@ def nano(run: Run) -> None:
     runs = {name: [found(name, seed) for seed in used[name]] for name in names}
     by = {name: losses(name, used[name]) for name in names}
     tasks = list(STRINGS)
+    of_tasks = {name: by[name].mean(0).reshape(len(tasks), -1).mean(1).tolist() for name in names}
 
     def row(name: str) -> list[Any]:
-        of_task = by[name].mean(0).reshape(len(tasks), -1).mean(1)
         means = by[name].mean(1)
         right = 100 * fmean(fmean(each["exact"].values()) for each in runs[name])
-        return [name, rates[name], len(used[name]), means.mean(), means.min(), means.max(), *of_task, right]
+        return [name, rates[name], len(used[name]), means.mean(), means.min(), means.max(), *of_tasks[name], right]
 
     run.table(
         f"A Llama of width {WIDTH}, {LAYERS} layers, {sizes[1]} steps of {BATCH}: nats per character of the answers to "
@@ -364,6 +365,7 @@ def nano(run: Run) -> None:
         ["", "rate", "seeds", "mean", "lowest", "highest", *tasks, "exact answers, %"],
         [row(name) for name in names],
     )
+    run.figure("smora-tasks", Bars("task", "nats per character of the answers", of_tasks, tuple(tasks)))
 
     def above(name: str, ours: str = OURS) -> Measured:
         count = min(len(by[name]), len(by[ours]))

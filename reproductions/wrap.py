@@ -46,6 +46,7 @@ from lamella.methods.continual_pretrain import continual_pretrain
 from lamella.methods.wrap import Filters, PassageSettings, passages, wrap
 from lamella.methods.wrap.cleaning import copied_fraction, words_of
 from lamella.plan import ModelReference, Plan
+from lamella.report.figures import Bars
 from lamella.results import MixedCorpus
 from lamella.runtime import apply
 from lamella.train import Sample, blocks
@@ -277,6 +278,8 @@ def controlled(run: Run) -> None:
         f"Students of {size['steps'] * BATCH * LENGTH / 1e6:.1f}M tokens, on facts that occur only in noise; those of "
         "answers only can only guess", ["sees", *heads], rows,
     )  # fmt: skip
+    perplexities = {arm: [fmean(each[style] for each in seen) for style in STYLES] for arm, seen in found.items()}
+    run.figure("wrap-styles", Bars("style of the text", "perplexity", perplexities, tuple(STYLES), log_y=True))
 
     def log_ratio(of: Callable[[dict[str, Any]], float], ours: str, theirs: str) -> Measured:
         """Return the logarithm of a ratio, whose distribution over seeds is symmetric."""
