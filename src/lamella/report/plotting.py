@@ -20,6 +20,7 @@ ROW, TALL, LEAST, MOST, SQUARE = 26, 110, 240, 900, 420  # pixels: a row, the ma
 FEW = 12  # positions up to which each has a tick label
 CROWDED = 8  # column names above which they are rotated
 DECADES, MOST_TICKS = 3, 8  # decades of an axis from which only powers of ten have ticks, and how many of those
+STANDOFF = 10  # pixels between the labels of an axis and its title
 LARGEST = 34  # maximum size of a mark in pixels
 
 
@@ -40,8 +41,11 @@ def plotted(figure: Axes) -> Any:
 
 def svg(figure: Axes) -> str:
     """Return the figure as an SVG file, for documents without scripts. This needs kaleido, and a Chromium or Chrome."""
-    drawn = plotted(figure).to_image("svg").decode()
-    return str(drawn.replace(">", f"><title>{escape(figure.label)}</title>", 1))
+    drawn = plotted(figure)
+    for axes in (drawn.update_xaxes, drawn.update_yaxes):  # as on pages, whose scripts set it
+        axes(automargin=True, title_standoff=STANDOFF)
+    content = drawn.to_image("svg").decode()
+    return str(content.replace(">", f"><title>{escape(figure.label)}</title>", 1))
 
 
 @plotted.register
@@ -263,7 +267,7 @@ def _figure(
     from plotly import graph_objects  # imported here because it is slow and few commands need it
 
     titles = {"xaxis": {"title": {"text": plain(figure.x)}}, "yaxis": {"title": {"text": plain(figure.y)}}}
-    axes = {name: {"automargin": True} | titles[name] | dict(axis) for name, axis in (("xaxis", x), ("yaxis", y))}
+    axes = {"xaxis": titles["xaxis"] | dict(x), "yaxis": titles["yaxis"] | dict(y)}
     height = {"height": min(max(ROW * rows + TALL, LEAST), MOST)} if rows else {}
     legend = {"showlegend": sum("name" in trace for trace in traces) > 1}
     return graph_objects.Figure(list(traces), {"template": "none"} | axes | height | legend | layout)
