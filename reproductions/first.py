@@ -49,6 +49,7 @@ from lamella.methods.first import ROUTING, PromptRouters, buckets, signatures, t
 from lamella.methods.first.policy import scores
 from lamella.methods.unified_skip import balanced
 from lamella.plan import ModelReference, PhasedPath, Plan, PolicyReference
+from lamella.report.figures import Bars
 from lamella.results import Record
 from lamella.results.record import together
 from lamella.runtime import keep_policy, with_policy
@@ -388,6 +389,8 @@ def adaptivity(run: Run, kept: dict[int, np.ndarray], size: dict[str, int]) -> N
             rows.append([keep, name, *signs[:, task == number].mean((0, 1)).tolist()])
     layers = next(iter(kept.values())).shape[-1]
     run.table("Fraction of prompts that keep each layer, after LoRA", ["kept", "task", *map(str, range(layers))], rows)
+    fractions = {f"{name}, {keep} of {layers} layers": each for keep, name, *each in rows}
+    run.figure("first-layers", Bars("layer", "fraction of prompts that keep it", fractions))
 
 
 def probe(kept: Tensor, task: Tensor) -> float:

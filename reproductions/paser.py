@@ -38,6 +38,7 @@ from lamella.measure import Embedder
 from lamella.methods.continual_pretrain import TRAINING, continual_pretrain
 from lamella.methods.paser import Clustering, Graph, InstructionExample, degradation, embed, paser, spectral_clusters
 from lamella.plan import ModelReference, Plan
+from lamella.report.figures import Bars
 from lamella.results import Record
 from lamella.stack import Stack
 from lamella.train import Sample, collate, mean_loss, pairs, scored_states
@@ -424,6 +425,10 @@ def recovery(run: Run, healing: Recovery, pilot: Sequence[int]) -> None:
         f"mean of {len(seeds)} seeds",
         ["trained on", "accuracy, %", "worst skill, %", "damaged skills, of the samples", "clusters", "their purity"],
         rows,
+    )
+    shown = {name: [row[place] for row in rows] for place, name in ((1, "all skills"), (2, "worst skill"))}
+    run.figure(
+        "paser-recovery", Bars("trained on", "accuracy, %", shown, tuple(row[0] for row in rows), horizontal=True)
     )
     run.main("paser - random, accuracy", ENOUGH, *healing.better("paser", "random", seeds))
     for arm, other in (

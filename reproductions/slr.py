@@ -52,6 +52,7 @@ from lamella.methods.slr import (
 from lamella.methods.slr.answers import ChoiceQuestion, EncodedQuestions
 from lamella.methods.slr.questions import SETS, crc, encode_questions
 from lamella.plan import apply_tensors, fingerprint, parameters_at
+from lamella.report.figures import Scatter
 from lamella.results import Record
 from lamella.stack import Stack, share
 from lamella.train import Sample, TrainConfig, own, pairs
@@ -361,6 +362,8 @@ def nano(run: Run, size: Size, seeds: Sequence[int]) -> None:
     table.append(["feasible", "", "", *(f"{each['feasible']:.0%}" for each in arms)])
     columns = ["model", "mean Q", "mean D", *(f"seed {seed}: Q / D" for seed in seeds)]
     run.table(f"After {last} steps: Q and D on held-out questions", columns, table)
+    models = {name: [(valid, diverse)] for name, valid, diverse, *_ in table if valid != ""}
+    run.figure("slr-models", Scatter("Q, validity", "D, diversity", models))
 
     gain = Measured.over_seeds_and_items([each["over post"] for each in arms])
     run.main("D of SLR - D of post", f">= {MORE_THAN_POST:.2f}", gain, gain.at_least(MORE_THAN_POST))

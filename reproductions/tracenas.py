@@ -43,6 +43,7 @@ from lamella.methods.tracenas import (
 )
 from lamella.plan import ModelReference, Plan
 from lamella.progress import track
+from lamella.report.figures import Bars
 from lamella.results import Record
 from lamella.search import Memo
 from lamella.stack import Stack
@@ -283,6 +284,12 @@ def validity(run: Run, scale: Scale, models: Sequence[int], rate: float) -> None
         f"Predictors of the loss after {scale.steps} steps, {scale.candidates} shapes of each of {len(models)} models, "
         f"which differ by {spread:.3f} nats", ["before training", "Spearman with less loss after"], rows,
     )  # fmt: skip
+    correlated = {name: measured(each) for name, each in of.items()}
+    bars = Bars(
+        "before training", "rank correlation with less loss after", {"": [each.figure for each in correlated.values()]},
+        tuple(correlated), {"": [(each.low, each.high) for each in correlated.values()]}, horizontal=True,
+    )  # fmt: skip
+    run.figure("tracenas-predictors", bars)
     rho = measured(of[PHI])
     run.main("rank correlation of Phi with less loss after training", "at least 0.5", rho, rho.at_least(0.5))
     gain = measured(of[PHI] - of[PARAMETERS])
