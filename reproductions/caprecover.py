@@ -13,8 +13,8 @@ change the scores of the rest, and beam search has no influence; each score is c
 another image. In the earlier version of this experiment, with generated captions, the differences of three seeds had
 standard deviations of 5 to 16 points: six seeds are used. Captions are audited without defences.
 
-    python reproductions/caprecover.py            # about 80 minutes on one core; an interrupted run resumes
-    python reproductions/caprecover.py --digits   # without captions and SmolLM2, about 25 minutes
+    python reproductions/caprecover.py            # about four hours on one core; an interrupted run resumes
+    python reproductions/caprecover.py --digits   # without captions and SmolLM2, about an hour
     python reproductions/caprecover.py --quick    # two cuts, one seed, few steps
 """
 

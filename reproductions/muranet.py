@@ -16,7 +16,7 @@ steps until either recognises walls and openings; and attention that is inserted
 trained on rendered shapes. Tables without a check have fewer seeds: other interpretations of the attention, loss
 weights, the stage at which the tasks should split, and a style of walls that is not in the training data.
 
-    python reproductions/muranet.py            # about 90 minutes on one core; an interrupted run resumes
+    python reproductions/muranet.py            # about two and a half hours on one core; an interrupted run resumes
     python reproductions/muranet.py --quick    # small plans, few steps, one seed
 """
 
