@@ -3,7 +3,6 @@
 A page asks with a comment that stands alone on its line:
 
     <!-- results: finercut -->     reproductions/results/finercut.json
-    <!-- results: refacade.further -->  reproductions/results/refacade-further.json, of the script's option --further
     <!-- benchmark: planner -->    benchmarks/results/planner.json
     <!-- figure: cstrl-retention -->  docs/assets/cstrl-retention.svg, as soon as a reproduction has drawn it
     <!-- methods -->               the registry, with what the reproductions found
@@ -89,12 +88,9 @@ def on_page_content(html: str, page: Any, **_: Any) -> str:
     return ROLE.sub(r"\1", html) if page.file.src_path.startswith("api/") else html
 
 
-def reproduction(name: str) -> str:
-    """What the reproduction of a method measured, or with one of its options, which follows a dot."""
-    slug, _, variant = name.partition(".")
-    path = ROOT / "reproductions" / "results" / f"{name.replace('.', '-')}.json"
-    script = f"python reproductions/{slug.replace('-', '_')}.py --{variant}"
-    return render(path, command=script if variant else f"lamella reproduce {slug}")
+def reproduction(slug: str) -> str:
+    """What the reproduction of a method measured."""
+    return render(ROOT / "reproductions" / "results" / f"{slug}.json", command=f"lamella reproduce {slug}")
 
 
 def benchmark(name: str) -> str:
