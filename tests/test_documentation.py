@@ -9,6 +9,7 @@ import shlex
 import textwrap
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import typer
@@ -76,3 +77,8 @@ def test_what_a_page_types_is_a_command_with_these_options(page: Path) -> None:
         known = {option for each in group.params for option in each.opts} | {"--help", "--threads"}
         used = {each.split("=")[0] for each in rest if re.match(r"--?[a-z]", each)}
         assert used <= known, f"lamella {' '.join(arguments)}: no {used - known}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs" / "assets").glob("*.svg")), ids=lambda path: path.stem)
+def test_a_figure_is_a_complete_file(path: Path) -> None:
+    assert ElementTree.parse(path).getroot().tag.endswith("svg")
