@@ -175,9 +175,9 @@ def exactness(run: Run, sizes: tuple[int, ...], depths: tuple[int, ...]) -> None
         "the smallest"
     )
     run.table(title, ["", *columns], [[kind, *(f"{each:.1e}" for each in row)] for kind, row in worst.items()])
-    shown = {"replaced by RMSNorm, weights as they are": 4, "LayerNorm, in float32": 3, "rewritten, in float32": 2,
-             "rewritten": 0}  # fmt: skip
-    series = {name: [row[column] for row in worst.values()] for name, column in shown.items()}
+    shown = {"replaced by RMSNorm, weights as they are": "swapped", "LayerNorm, in float32": "LN in float32",
+             "rewritten, in float32": "in float32", "rewritten": "RMS"}  # fmt: skip
+    series = {label: [row[columns.index(name)] for row in worst.values()] for label, name in shown.items()}
     bars = Bars("model", "largest difference over largest output", series, tuple(worst), horizontal=True, log_y=True)
     run.figure("pre-rmsnorm-differences", bars)
     rms, crms, single_, _, _ = (max(column) for column in zip(*worst.values(), strict=True))

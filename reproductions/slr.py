@@ -358,12 +358,12 @@ def nano(run: Run, size: Size, seeds: Sequence[int]) -> None:
     for name in arms[0]["rows"]:
         points = [each["rows"][name] for each in arms]
         table.append([name, *np.mean(points, axis=0).tolist(), *("{:.3f} / {:.3f}".format(*each) for each in points)])
+    models = {name: [(valid, diverse)] for name, valid, diverse, *_ in table}
+    run.figure("slr-models", Scatter("Q, validity", "D, diversity", models))
     table.append(["chosen", "", "", *("[{}, {})".format(*each["chosen"]) for each in arms)])
     table.append(["feasible", "", "", *(f"{each['feasible']:.0%}" for each in arms)])
     columns = ["model", "mean Q", "mean D", *(f"seed {seed}: Q / D" for seed in seeds)]
     run.table(f"After {last} steps: Q and D on held-out questions", columns, table)
-    models = {name: [(valid, diverse)] for name, valid, diverse, *_ in table if valid != ""}
-    run.figure("slr-models", Scatter("Q, validity", "D, diversity", models))
 
     gain = Measured.over_seeds_and_items([each["over post"] for each in arms])
     run.main("D of SLR - D of post", f">= {MORE_THAN_POST:.2f}", gain, gain.at_least(MORE_THAN_POST))

@@ -47,7 +47,7 @@ from lamella.methods.switchlora import (
 from lamella.methods.switchlora.baselines import ReLora, RestartedCosine, projected_optimizer
 from lamella.methods.switchlora.method import spread
 from lamella.methods.switchlora.optimizer import COLUMNS, ROWS
-from lamella.report.figures import Points, Scatter
+from lamella.report.figures import Scatter
 from lamella.runtime import apply
 from lamella.stack import Stack, share
 from lamella.train import (
@@ -344,8 +344,7 @@ def nano(run: Run) -> None:
          *(f"singular value at {index}/32, relative to the first" for index in quarters)],
         [row(way) for way in ways],
     )  # fmt: skip
-    ranks = {way: Points([(fmean(one["rank"] for one in (found(way, seed) for seed in seeds)), float(by[way].mean()))])
-             for way in ways}  # fmt: skip
+    ranks = {way: [(fmean(found(way, seed)["rank"] for seed in seeds), float(by[way].mean()))] for way in ways}
     run.figure("switchlora-ranks", Scatter("rank of the update, mean over linear layers", "held-out loss, nats", ranks))
 
     def more(way: str, ours: str = OURS) -> Measured:

@@ -279,18 +279,18 @@ def validity(run: Run, scale: Scale, models: Sequence[int], rate: float) -> None
     healed = values.pop("healed")
     of = {name: correlations(each, healed) for name, each in values.items()}
     spread = float((healed.max(1) - healed.min(1)).mean())
-    rows = [[name, str(measured(each))] for name, each in of.items()]
+    correlated = {name: measured(each) for name, each in of.items()}
+    rows = [[name, str(each)] for name, each in correlated.items()]
     run.table(
         f"Predictors of the loss after {scale.steps} steps, {scale.candidates} shapes of each of {len(models)} models, "
         f"which differ by {spread:.3f} nats", ["before training", "Spearman with less loss after"], rows,
     )  # fmt: skip
-    correlated = {name: measured(each) for name, each in of.items()}
     bars = Bars(
         "before training", "rank correlation with less loss after", {"": [each.figure for each in correlated.values()]},
         tuple(correlated), {"": [(each.low, each.high) for each in correlated.values()]}, horizontal=True,
     )  # fmt: skip
     run.figure("tracenas-predictors", bars)
-    rho = measured(of[PHI])
+    rho = correlated[PHI]
     run.main("rank correlation of Phi with less loss after training", "at least 0.5", rho, rho.at_least(0.5))
     gain = measured(of[PHI] - of[PARAMETERS])
     run.further("Phi against the number of parameters", "at least 0.2 more", gain, gain.at_least(0.2))

@@ -136,10 +136,8 @@ def _bars(figure: Bars) -> Any:
             trace[f"error_{up}"] = _error(values, figure.intervals[name]) | {"color": STRONG}
         traces.append(trace)
     longest = max(map(len, figure.series.values()))
-    positions, sizes = (
-        _ticks(figure.positions, longest),
-        _log(figure.values) if figure.log_y else {"rangemode": "tozero"},
-    )
+    positions = _ticks(figure.positions, longest)
+    sizes: dict[str, Any] = _log(figure.values) if figure.log_y else {"rangemode": "tozero"}
     if not figure.horizontal:
         return _figure(figure, traces, positions, sizes, barmode=_mode(figure))
     turned = positions | {"autorange": "reversed", "title": {"text": plain(figure.x)}}
