@@ -69,6 +69,7 @@ from lamella.methods.caprecover.captions import TRAINING as SPEAK
 from lamella.methods.caprecover.digits import CUTS, prepare
 from lamella.methods.caprecover.method import TRAINING as ATTACK
 from lamella.methods.caprecover.tokens import RidgeRegression
+from lamella.report.figures import Lines
 from lamella.results.record import together
 from lamella.stack import Stack
 from lamella.train import TrainConfig, class_cross_entropy, fit, supervised
@@ -147,6 +148,9 @@ def digits(run: Run) -> None:
         ["cut", "attacker", *columns, "steps"],
         rows,
     )
+    undefended = {name: [100 * fmean(results[cut, name, "none"]["adaptive"]["values"]) for cut in cuts]
+                  for name in ATTACKERS}  # fmt: skip
+    run.figure("caprecover-digits", Lines("cut", "digits recovered, %", undefended, cuts))
     late = [" ".join(key) for key, row in results.items() if not row["converged"]]
     run.table("Attackers that were still improving at the maximum number of steps", ["attackers"],
               [[each] for each in late or ["none"]])  # fmt: skip

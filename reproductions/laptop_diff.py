@@ -64,6 +64,7 @@ from lamella.methods.laptop_diff import (
 from lamella.methods.laptop_diff.digits import DIGITS, pipeline
 from lamella.methods.laptop_diff.recipe import with_features
 from lamella.plan import ModelReference, Plan
+from lamella.report.figures import Bars
 from lamella.runtime import apply
 from lamella.train import Task, TrainConfig, fit, own
 from lamella.train.supervised import stacked
@@ -278,7 +279,14 @@ def choosing(run: Run, size: Size) -> None:
         ["asked", "criterion", "parameters removed, %", "output loss", "denoising loss"],
         rows,
     )
-    for share in (f"{each:.0%}" for each in SHARES):
+    shares, names = [f"{each:.0%}" for each in SHARES], ("knapsack", "first-order Taylor", "magnitude")
+    bars = {name: [fmean(fmean(one[share][name]["output"]) for one in found) for share in shares] for name in names}
+    bars["random sets"] = [
+        fmean(fmean(one[share][f"random {number}"]["output"]) for one in found for number in range(RANDOM))
+        for share in shares
+    ]
+    run.figure("laptop-diff-criteria", Bars("parameters removed", "output loss", bars, tuple(shares), log_y=True))
+    for share in shares:
         ours, theirs = ([one[share][name]["output"] for one in found] for name in ("knapsack", "magnitude"))
         ratio = relative(ours, theirs)
         name = f"output loss at {share} of the parameters"

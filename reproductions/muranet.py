@@ -56,6 +56,7 @@ from lamella.methods.muranet.judge import median_box
 from lamella.methods.muranet.method import PERSISTENT
 from lamella.methods.muranet.raster import Style
 from lamella.methods.muranet.recipe import NO_CLIP, train_network
+from lamella.report.figures import Bars
 from lamella.train import Hook, TrainConfig, TrainingRun, class_cross_entropy, fit, supervised
 from lamella.zoo.worlds import render, scenes
 
@@ -345,6 +346,13 @@ def experiment(run: Run) -> None:
         for name, build in ARMS.items()
     }
     run.table("Networks after training; percent", COLUMNS, [row(name, each) for name, each in found.items()])
+
+    def bars(task: str, value: Callable[[Mapping[str, Any]], float]) -> list[float | None]:
+        return [100 * fmean(map(value, each)) if task in each[0] else None for each in found.values()]
+
+    figures = {"wall IoU": bars("wall iou", wall_iou)}
+    figures |= {f"{at.upper()} of openings": bars("openings", partial(precision, at=at)) for at in ("ap50", "ap75")}
+    run.figure("muranet-networks", Bars("network", "%", figures, tuple(found), horizontal=True))
     rate = rates[BOTH]
     brief = {name: [run.arm(f"{name}, 0", read, build, size, rate, 0)] for name, build in OTHERS.items()}
     brief |= {name: [run.arm(f"{name}, 0", read, ARMS[BOTH], size, rate, 0, balance=balance, clip=clip)]
