@@ -314,3 +314,10 @@ def test_an_image_has_room_for_long_names_of_an_axis() -> None:
     drawn = svg(Bars("layer", "share", {"all": [0.1]}, positions=(name,), horizontal=True))
     end = re.search(r'class="ytick"><text[^>]* x="([0-9.]+)"', drawn)  # names end at the axis
     assert end and float(end[1]) > 5 * len(name)
+
+
+def test_an_image_leaves_no_room_for_a_title_above_the_plot() -> None:
+    pytest.importorskip("kaleido")
+    drawn = svg(Lines("step", "loss", {"training": [3.0, 2.0]}))
+    top = re.search(r'<rect x="[0-9.]+" y="([0-9.]+)" width="540" height="320"/>', drawn)
+    assert 'viewBox="0 0 700 430"' in drawn and top and float(top[1]) == 30

@@ -21,6 +21,7 @@ FEW = 12  # positions up to which each has a tick label
 CROWDED = 8  # column names above which they are rotated
 DECADES, MOST_TICKS = 3, 8  # decades of an axis from which only powers of ten have ticks, and how many of those
 STANDOFF = 10  # pixels between the labels of an axis and its title
+HEIGHT, UNTITLED = 500, 70  # pixels of an SVG file, and how many of Plotly's 100 above a plot are for a title
 LARGEST = 34  # maximum size of a mark in pixels
 
 
@@ -44,6 +45,7 @@ def svg(figure: Axes) -> str:
     drawn = plotted(figure)
     for axes in (drawn.update_xaxes, drawn.update_yaxes):  # as on pages, whose scripts set it
         axes(automargin=True, title_standoff=STANDOFF)
+    drawn.update_layout(margin_t=100 - UNTITLED, height=(drawn.layout.height or HEIGHT) - UNTITLED)
     content = drawn.to_image("svg").decode()
     return str(content.replace(">", f"><title>{escape(figure.label)}</title>", 1))
 
