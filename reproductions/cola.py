@@ -44,6 +44,7 @@ from lamella.methods.cola import (
 from lamella.methods.cola.paths import PathSearchResult, ProblemStudy, study_sample
 from lamella.methods.unified_skip import balanced
 from lamella.plan import ModelReference, PhasedPath, Plan
+from lamella.report.figures import Bars
 from lamella.results import Record
 from lamella.stack import Stack
 from lamella.zoo import open_tokenizer
@@ -193,7 +194,7 @@ def searched(run: Run, stack: Stack, tokenizer: Any, samples: list[Problem], set
     return PathStudy(ModelReference.of(stack), stack.architecture.stack, settings, tuple(studies))
 
 
-def found(record: Record, study: PathStudy) -> dict[str, Any]:
+def found(run: Run, study: PathStudy) -> dict[str, Any]:
     """Report the results of the searches, in total and by kind of question."""
     kinds = {
         "2 options": [s for s in study.samples if len(s.sample.options) == 2],
@@ -206,8 +207,8 @@ def found(record: Record, study: PathStudy) -> dict[str, Any]:
     numbers = {name: report(part) for name, part in parts.items()}
     for what, base in (("shorter", "the model answers correctly"), ("repaired", "it does not")):
         rows = [[name, *(each[what][kind] for kind in NAMES)] for name, each in numbers.items()]
-        record.table(f"Fraction with a {'shorter ' * (what == 'shorter')}correct path, if {base}", ["", *NAMES], rows)
-    record.table(
+        run.table(f"Fraction with a {'shorter ' * (what == 'shorter')}correct path, if {base}", ["", *NAMES], rows)
+    run.table(
         "Valid paths per tree search; flips are searches for answers that the model does not give",
         ["", "samples", "right", *numbers["all"]["valid_paths"], "excess ± standard error", "p"],
         [
@@ -216,12 +217,14 @@ def found(record: Record, study: PathStudy) -> dict[str, Any]:
         ],
     )
     everything = numbers["all"]
-    record.table(
+    run.table(
         "Number of samples by outcome", ["samples", "count"], [list(pair) for pair in everything["categories"].items()]
     )
     skipped, repeated = everything["valid_skip_rate"], everything["valid_repeat_rate"]
     rows = [[layer, *rates] for layer, rates in enumerate(zip(skipped, repeated, strict=True))]
-    record.table("Fraction of correct paths that skip and repeat a layer", ["layer", "skipped", "repeated"], rows)
+    run.table("Fraction of correct paths that skip and repeat a layer", ["layer", "skipped", "repeated"], rows)
+    rates = {"skipped": skipped, "repeated": repeated}
+    run.figure("cola-layers", Bars("layer", "fraction of the correct paths", rates))
     return everything
 
 

@@ -35,6 +35,7 @@ import lamella
 from lamella.data import windows
 from lamella.files import Work
 from lamella.methods.continual_pretrain import TRAINING, ContinualDataset, ContinualPretrainer, continual_pretrain
+from lamella.report.figures import Scatter
 from lamella.results import Record
 from lamella.stack import Stack
 from lamella.train import Constant, Cosine, Infinite, Sample, blocks, infinite, mean_loss, rewarm
@@ -201,6 +202,9 @@ def stages(run: Run, texts: Texts, size: Size, first: int) -> None:
     rows += [[name, first + steps if name == "both from scratch" else steps, *each] for name, each in found.items()]
     title = f"Held-out nats per byte after {first} steps of D0 and a second stage of {steps}"
     run.table(title, ["second stage", "its steps of compute", "D0", "D1", "mean"], rows)
+    points = {name: [(d0, d1)] for name, _, d0, d1, _ in rows}
+    axes = [f"held-out nats per byte of {data}" for data in ("D0, old", "D1, new")]
+    run.figure(f"continual-pretrain-{first}", Scatter(*axes, points))
     judge(run, found, start, f"{first} steps of D0: ")
 
 

@@ -40,6 +40,7 @@ from lamella.methods.depth_efficiency import (
 )
 from lamella.methods.depth_efficiency.contributions import run_once
 from lamella.plan import ModelReference, Plan
+from lamella.report.figures import Bars
 from lamella.results import Record
 from lamella.stack import Stack
 from lamella.train import Sample, TrainConfig
@@ -54,7 +55,7 @@ BITS = 4  # answers of several tokens: later ones can reuse the computation of t
 # A. SmolLM2.
 
 
-def smollm2(record: Record, quick: bool, seed: int) -> None:
+def smollm2(run: Run, quick: bool, seed: int) -> None:
     stack = lamella.open("smollm2")
     tokenizer = open_tokenizer("smollm2")
     count, length = (2, 48) if quick else (4, 96)
@@ -62,7 +63,7 @@ def smollm2(record: Record, quick: bool, seed: int) -> None:
     profile = depth_profile(stack, rows)
     current = skip_effect(stack, rows, scope="current", seed=seed)
     future = skip_effect(stack, rows, splits=1 if quick else 4, seed=seed)
-    identities(record, stack, rows, profile, current, future)
+    identities(run, stack, rows, profile, current, future)
 
     cost = loss_without(stack, rows)
     scores = {
@@ -74,12 +75,12 @@ def smollm2(record: Record, quick: bool, seed: int) -> None:
     }
     ranks = {name: float(spearmanr(values, cost).statistic) for name, values in scores.items()}
     title = "SmolLM2: rank correlation of scores with the loss increase without one layer (nats per token)"
-    record.table(title, ["score", "Spearman"], [[name, rank] for name, rank in ranks.items()])
+    run.table(title, ["score", "Spearman"], [[name, rank] for name, rank in ranks.items()])
     mean, most = ranks["output, mean"], ranks["output, max"]
-    record.further(
+    run.further(
         "mean distance of outputs against the loss increase without each layer", "Spearman 0.6", mean, mean >= 0.6
     )
-    record.further("mean against maximum distance", "at least as high", f"{mean:.3f} / {most:.3f}", mean >= most)
+    run.further("mean against maximum distance", "at least as high", f"{mean:.3f} / {most:.3f}", mean >= most)
 
     halves = [slice(1, 15), slice(15, 29)]
     rows_of = {
@@ -91,20 +92,20 @@ def smollm2(record: Record, quick: bool, seed: int) -> None:
     table = [
         [name, *(float(values[half].mean()) for half in halves), float(values[-1])] for name, values in rows_of.items()
     ]
-    record.table("SmolLM2: means over its halves", ["", "layers 1-14", "layers 15-28", "layer 29"], table)
+    run.table("SmolLM2: means over its halves", ["", "layers 1-14", "layers 15-28", "layer 29"], table)
     lens = profile["lens_kl"].values
-    record.table(
+    run.table(
         "SmolLM2: logit lens", ["point", "KL to the output (nats)"], [[p, float(lens[p])] for p in range(0, 31, 3)]
     )
     start = refinement(lens)
-    record.main(
+    run.main(
         "the KL of the lens decreases monotonically at the end",
         "from a point in the second half on",
         start,
         15 <= start < 29,
     )
     if not quick:
-        plans(record, stack, tokenizer, scores, seed)
+        plans(run, stack, tokenizer, scores, seed)
 
 
 def identities(
@@ -175,7 +176,7 @@ def _loss(stack: Stack, h: Tensor, ids: Tensor) -> float:
     return float(torch.nn.functional.cross_entropy(stack.head(h[None, :-1])[0].float(), ids[1:]))
 
 
-def plans(record: Record, stack: Stack, tokenizer: Any, scores: dict[str, np.ndarray], seed: int) -> None:
+def plans(run: Run, stack: Stack, tokenizer: Any, scores: dict[str, np.ndarray], seed: int) -> None:
     """Remove six layers in the order of each score, on text of another kind."""
     test = FidelityTest(stack, windows(tokenizer, lamella.load_text("stdlib", "test"), 8, 256, seed))
     free = [layer for layer in range(len(stack)) if layer not in (0, 1, len(stack) - 1)]
@@ -189,10 +190,12 @@ def plans(record: Record, stack: Stack, tokenizer: Any, scores: dict[str, np.nda
     drawn = random.Random(seed)
     found["random, mean of 5"] = fmean(divergence(drawn.sample(free, 6)) for _ in range(5))
     title = "SmolLM2 without 6 layers, the first two and the last protected: KL to the whole model (nats)"
-    record.table(title, ["lowest first by", "KL"], [[name, kl] for name, kl in found.items()])
+    run.table(title, ["lowest first by", "KL"], [[name, kl] for name, kl in found.items()])
+    axes = ("order of removal", "KL to the whole model, nats")
+    run.figure("depth-efficiency-removal", Bars(*axes, {"KL": list(found.values())}, list(found), horizontal=True))
     worse = min(found["deepest first"], found["random, mean of 5"])
     for name in ("output, mean", "later layers, mean of the future effect"):
-        record.further(
+        run.further(
             f"6 layers by {name}",
             "at most random and deepest first",
             f"{found[name]:.3f} / {worse:.3f}",

@@ -26,6 +26,7 @@ import lamella
 from lamella.evaluate import FidelityTest, bench, measure_step
 from lamella.methods.ffn_skip import cold_layers, saturation
 from lamella.plan import ModelReference, PhasedPath, Plan, PolicyReference
+from lamella.report.figures import Scatter
 from lamella.results import Record
 from lamella.runtime import LayerCall, Pass, Policy, traced, with_policy
 from lamella.stack import Stack
@@ -173,29 +174,35 @@ def profile(record: Record, cosines: Tensor) -> None:
     record.further("the plateau between them, on average", "above 0.95", measured, middle > 0.95)
 
 
-def selection(
-    record: Record, scale: Scale, calibration: LongTensor, cosines: Tensor, seeds: range, quick: bool
-) -> None:
+def selection(run: Run, scale: Scale, calibration: LongTensor, cosines: Tensor, seeds: range, quick: bool) -> None:
     """Check point 3: the position of the skipped run, at an equal fraction of skipped MLPs."""
     stack, layers = scale.stack, len(scale.stack)
     first, last = cold_layers(layers)
     for k in (3,) if quick else (3, 7):
         rows: list[list[Any]] = []
         losses: dict[str, float] = {}
+        points: dict[str, list[tuple[float, float]]] = {}
 
         def score(
-            name: str, results: list[tuple[float, np.ndarray]], k: int = k, rows: Any = rows, losses: Any = losses
+            name: str,
+            results: list[tuple[float, np.ndarray]],
+            k: int = k,
+            rows: Any = rows,
+            losses: Any = losses,
+            points: Any = points,
         ) -> float:
             losses[name] = float(np.mean([loss for loss, _ in results]))
             skipped = np.stack([skips for _, skips in results])  # [results, rows, continuation, layers]
             rows.append([name, losses[name], f"{skipped.mean():.1%}", f"{skipped.all(axis=1).mean():.1%}"])
+            group = "saturated, fixed thresholds" if name.startswith("saturated, 0") else name
+            points.setdefault(group, []).append((100 * float(skipped.mean()), losses[name]))
             return float(skipped.mean()) * layers / k
 
         params = calibrated(stack, calibration, k)
         print(f"k = {k}: the calibrated threshold is {params['threshold']:.4f}")
         reached = share(stack, params, calibration) * layers / k
         name = f"fraction of MLPs that the calibrated threshold skips on its calibration text, k = {k}"
-        record.further(name, "at least 95 % of k", f"{reached:.1%}", reached >= 0.95)
+        run.further(name, "at least 95 % of k", f"{reached:.1%}", reached >= 0.95)
 
         achieved = score("saturated, calibrated", [scale.plan(**params)])
         for fixed in [] if quick else [0.95, 0.97, 0.975, 0.98, 0.985, 0.99]:
@@ -220,10 +227,11 @@ def selection(
             score(name, [scale.plan(**windows[best])])
             score("calibrated, no cold layers", [scale.plan(**calibrated(stack, calibration, k, cold=(0, 0)))])
         title = f"At most {k} MLPs per token ({k / layers:.1%}), every generated token (base {scale.base:.3f} nats)"
-        record.table(title, ["placement", "nats", "MLPs skipped", "skipped in all rows"], rows)
+        run.table(title, ["placement", "nats", "MLPs skipped", "skipped in all rows"], rows)
+        run.figure(f"ffn-skip-{k}", Scatter("MLPs skipped, %", "nats per token", points))
         for better, worse in pairwise(["saturated, calibrated", "random in the window", "random anywhere"]):
             measured = f"{losses[better]:.3f} / {losses[worse]:.3f}"
-            claim = record.main if better.startswith("saturated") else record.further
+            claim = run.main if better.startswith("saturated") else run.further
             claim(f"{better} against {worse}, k = {k}", "lower loss", measured, losses[better] < losses[worse])
 
 

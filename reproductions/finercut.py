@@ -24,6 +24,7 @@ from torch import LongTensor
 import lamella
 from lamella.evaluate import FidelityTest, bench, cost
 from lamella.plan import ModelReference, Plan, PlanSeries
+from lamella.report.figures import Scatter
 from lamella.results import Record
 from lamella.stack import Position, Stack, sites_of
 from lamella.zoo import open_tokenizer
@@ -79,6 +80,8 @@ def main_claim(run: Run, stack: Stack, draws: list[LongTensor], test: FidelityTe
     sets = f"{len(draws)} calibration sets of {list(draws[0].shape)} tokens"
     title = f"Test perplexity on {len(test.tokens)} windows, {sets}"
     run.table(title, ["removed of 60", "method", "perplexity", "finercut / method", "per calibration set"], rows)
+    lines = {name: [(count, perplexity) for count, other, perplexity, *_ in rows if other == name] for name in makers}
+    run.figure("finercut-removed", Scatter("sublayers of 60 removed", "test perplexity", lines, joined=True))
     for count, name in itertools.product((4, 6), ("block greedy", "block influence")):
         ratio = Measured.over_seeds_and_items(np.array(losses["finercut", count]) - np.array(losses[name, count])).exp()
         run.main(f"finercut / {name} at {count} removed", "at most 1.03", ratio, ratio.at_most(1.03))

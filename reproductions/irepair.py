@@ -49,6 +49,7 @@ from lamella.data import own_texts, write
 from lamella.files import Work
 from lamella.methods.irepair import BASELINES, Choices, RepairSettings, repair, sensitivity, utility_kl
 from lamella.methods.irepair import TRAINING as REPAIRING
+from lamella.report.figures import Points, Scatter
 from lamella.results import Record
 from lamella.runtime import apply
 from lamella.stack import Stack
@@ -465,6 +466,12 @@ def compare(run: Run, scale: Scale, recipes: dict[str, tuple[int, float]], seeds
     ]
     columns = [f"{name}, {what}" for name in runs for what in ("cut", "rise")]
     run.table(f"Insults cut by, and rise of clean perplexity, by step, {scale.name} model", ["step", *columns], curves)
+    courses = {
+        name: Points([(100 * curve[1 + 2 * place], 100 * curve[2 + 2 * place]) for curve in curves], joined=True)
+        for place, name in enumerate(runs)
+    }
+    axes = ("insults cut by, %", "rise of clean perplexity, %")
+    run.figure(f"irepair-{scale.name}", Scatter(*axes, courses))
     judged(run, scale, runs)
     selections(run, scale, runs)
 

@@ -30,6 +30,7 @@ from lamella.evaluate import bench, measure_step
 from lamella.files import Work
 from lamella.methods.lora_drop import spread_layers, tune
 from lamella.plan import ModelReference, Plan, PolicyReference
+from lamella.report.figures import Bars
 from lamella.results import Record
 from lamella.stack import Stack
 from lamella.train import Sample, TrainConfig, collate
@@ -132,6 +133,12 @@ def ladder(run: Run, seeds: Sequence[int], steps: int) -> None:
             run.further(f"drift, reuse={reuse}", "more loss 3 steps from a refresh than 1", far, far.at_least(0))
     columns = ["reuse", "layers", "model", "untrained", "trained", "gain", "share of the loss", "above the model"]
     run.table(f"Nats per token, refreshed every 4 steps, mean of {len(seeds)} models", columns, rows)
+    alternating = [row for row in rows if row[1] == "every other one"]
+    bars = {
+        name: [row[place] for row in alternating] for place, name in ((2, "model"), (3, "untrained"), (4, "trained"))
+    }
+    reuses = [row[0] for row in alternating]
+    run.figure("lora-drop-reuse", Bars("what a skipped layer reuses", "nats per token", bars, reuses))
     run.table("Drift: nats per token by steps since the refresh", ["reuse", "0", "1", "2", "3"], drifts)
     if not run.quick:
         visible = [

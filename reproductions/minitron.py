@@ -46,6 +46,7 @@ from lamella.methods.minitron import (
     trim,
 )
 from lamella.plan import ModelReference, Plan, PlanSeries, Point, materialise
+from lamella.report.figures import Bars
 from lamella.results import Record
 from lamella.stack import Stack
 from lamella.stack.wiring import Sizes
@@ -238,6 +239,10 @@ def teaching(run: Run, scale: Scale, shape: ModelShape) -> None:
         f"{len(seeds)} seeds (teacher {base:.3f}, pruned and untrained {untrained:.3f})",
         ["of the teacher's text", *WAYS, "from scratch", "labels - distilled"], rows,
     )  # fmt: skip
+    ways = [*WAYS, "from scratch"]
+    bars = {way: [row[place] or None for row in rows] for place, way in enumerate(ways, start=1)}
+    shares = [row[0] for row in rows]
+    run.figure("minitron-text", Bars("of the teacher's text", "held-out nats per character", bars, shares))
     gain = ahead("labels", "distilled", SCARCE)
     run.main(f"labels - distilled, {SCARCE:.0%} of the text", f"at least {LEAST} nats", gain, gain.at_least(LEAST))
     for way in WAYS:

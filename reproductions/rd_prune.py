@@ -43,6 +43,7 @@ from lamella.methods.rd_prune import (
 )
 from lamella.methods.rd_prune.knapsack import allocate
 from lamella.plan import Masks, apply_masks
+from lamella.report.figures import Scatter
 from lamella.results import Record
 from lamella.zoo import open_tokenizer
 
@@ -210,6 +211,11 @@ def quality(run: Run, seeds: range, images: int, grid: int, tuned: bool) -> None
         ],
         rows,
     )
+
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for (sparsity, name), found in results.items():
+        lines.setdefault(name, []).append((100 * sparsity, fmean([each.before for each in found])))
+    run.figure("rd-prune-accuracy", Scatter("sparsity, %", "accuracy without training, %", lines, joined=True))
 
     def joint(sparsity: float, name: str) -> list[float]:
         return [each.joint for each in results[sparsity, name]]

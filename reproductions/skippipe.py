@@ -53,7 +53,7 @@ from lamella.methods.skippipe.planner import Limit
 from lamella.methods.skippipe.schedule import make_schedule
 from lamella.methods.skippipe.simulate import iteration, simulate
 from lamella.methods.skippipe.stages import Order, layers_of, left_out, losses, omissions, origin_loss, spans
-from lamella.report.figures import Lines
+from lamella.report.figures import Scatter
 from lamella.stack import Stack, share
 from lamella.train import Hook, Task, TrainConfig, TrainingRun, blocks, fit, own, response_loss
 from lamella.zoo import open_tokenizer
@@ -334,8 +334,11 @@ def omission(run: Run, quicker: float) -> None:
          for way, every in found.items()],
     )  # fmt: skip
     depths = ["full", "drop 1", "drop 2", "drop 3"]
-    losses_of = {way: [fmean(each[name] for each in every) for name in depths] for way, every in found.items()}
-    run.figure("skippipe-stages", Lines("stages of six that are left out", "nats per character", losses_of))
+    lines = {
+        way: [(left, fmean(each[name] for each in every)) for left, name in enumerate(depths)]
+        for way, every in found.items()
+    }
+    run.figure("skippipe-stages", Scatter("stages of six that are left out", "nats per character", lines, joined=True))
 
     def rise(way: str, name: str) -> Measured:
         return Measured.over_seeds([each[name] - each["full"] for each in found[way]])

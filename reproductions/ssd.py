@@ -37,6 +37,7 @@ from lamella.errors import MethodError
 from lamella.measure import Fisher, fisher
 from lamella.methods.ssd import Dampening, Forgetting, adaptive_alpha, dampen, evaluate, untrained_like
 from lamella.plan import apply_factors
+from lamella.report.figures import Scatter
 from lamella.results import Record
 from lamella.stack import Stack
 from lamella.train import Sample, blocks, pairs
@@ -285,6 +286,10 @@ def report_classes(
         ["method", "retain %", "worst", "forget %", "worst", "membership %", "ZRF", "selected %", "seconds"],
         rows,
     )
+
+    if main:
+        points = {name: [(forget, retain)] for name, retain, _, forget, *_ in rows[:-1]}
+        run.figure("ssd-classes", Scatter("accuracy on what is to be forgotten, %", "accuracy on the rest, %", points))
 
     def good(each: dict[str, list[Outcome]], name: str) -> list[bool]:
         """Return whether a class is forgotten while the others are retained, for each class."""

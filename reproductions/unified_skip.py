@@ -27,6 +27,7 @@ from lamella.evaluate import Fidelity, FidelityTest, Ratio, Timing, bench, measu
 from lamella.files import Work
 from lamella.methods.unified_skip import RULES, tune
 from lamella.plan import ModelReference, PhasedPath, Plan
+from lamella.report.figures import Bars
 from lamella.results import Record
 from lamella.results.record import together
 from lamella.stack import Stack
@@ -169,6 +170,10 @@ def tuning(run: Run) -> None:
     columns = ["n", "way", "layers", "rate", "whole model", "before", "after", "recovered"]
     title = f"Nats per answer token, {size.tuning} steps of fine-tuning, mean of {len(seeds)} models"
     run.table(title, columns, rows)
+    bars = {way: [row[6] for row in rows if row[1] == way] for way in WAYS}
+    bars["whole model"] = [rows[0][4]] * len(counts)
+    names = [f"{n} of {size.layers} layers" for n in counts]
+    run.figure("unified-skip-layers", Bars("decoded with", "nats per answer token after fine-tuning", bars, names))
     for n, rule, other in product(counts, RULES, WAYS[2:]):
         if size.kept(rule, n) == size.kept(other, n):
             continue  # two layers that are evenly spaced are the two ends

@@ -28,6 +28,7 @@ from lamella.evaluate import FidelityTest, bench, measure_step
 from lamella.measure import block_influence
 from lamella.methods.void import Activity, activity, lac_plan
 from lamella.plan import ModelReference, PhasedPath, Plan
+from lamella.report.figures import Scatter
 from lamella.results import Record
 from lamella.runtime import LayerCall, Pass, Policy, traced, with_policy
 from lamella.stack import Stack
@@ -179,11 +180,11 @@ def exactness(record: Record, stack: Stack, tokens: LongTensor) -> None:
         record.exact(f"a padded row and the row alone, {mode}", "the same active sets", alike, alike)
 
 
-def sweep(record: Record, stack: Stack, tokens: LongTensor, alphas: list[float]) -> None:
+def sweep(run: Run, stack: Stack, tokens: LongTensor, alphas: list[float]) -> None:
     """Check points 1 and 2: usage and losses over alpha, and readout against other early exits."""
     test, hidden = FidelityTest(stack, tokens, prompt=1), HiddenStates(stack, tokens)
     base = hidden.loss([torch.full((tokens.shape[1],), len(stack))] * len(tokens))
-    rows, usage, readout, carry, shuffled = [], [], [], [], []
+    rows, usage, readout, carry, carried, shuffled = [], [], [], [], [], []
     for alpha in alphas:
         active = hidden.active(alpha)
         exits = last_active(active)
@@ -199,25 +200,33 @@ def sweep(record: Record, stack: Stack, tokens: LongTensor, alphas: list[float])
         cosine = last_active(hidden.turned(usage[-1]))
         shuffled.append(hidden.shuffled_loss(exits))
         others = [shuffled[-1], hidden.loss(cosine)]
+        carried.append(100 * used)
         rows.append([alpha, f"{usage[-1]:.1%}", mean(exits), losses[0], *others, f"{used:.1%}", losses[1]])
     title = f"LAC over alpha, position 0 aside (whole model {base:.3f} nats; readout and carry run every layer)"
     columns = [
         "alpha", "active", "mean last active", "readout", "exits at random", "by cosine", "active, carried", "carry"
     ]  # fmt: skip
-    record.table(title, columns, rows)
+    run.table(title, columns, rows)
+    # The fraction of layers that carry executes differs, since it feeds on its own hidden states.
+    lines = {
+        name: [(100 * share, row[place]) for share, row in zip(usage, rows, strict=True)]
+        for place, name in ((3, "readout"), (4, "exits at random"))
+    }
+    lines["carry"] = list(zip(carried, carry, strict=True))
+    run.figure("void-usage", Scatter("active layers, %", "nats per token", lines, joined=True, log_y=True))
 
     falls = all(after < before for before, after in pairwise(usage))
-    record.further("usage as alpha grows", "falls strictly", " ".join(f"{u:.1%}" for u in usage), falls)
+    run.further("usage as alpha grows", "falls strictly", " ".join(f"{u:.1%}" for u in usage), falls)
     within = [loss - base for loss, share in zip(readout, usage, strict=True) if share >= 0.3]
-    record.further("readout down to 30 % usage", "within 0.4 nats of the whole model", max(within), max(within) <= 0.4)
+    run.further("readout down to 30 % usage", "within 0.4 nats of the whole model", max(within), max(within) <= 0.4)
     worse = all(c > r for a, c, r in zip(alphas, carry, readout, strict=True) if a > 0)
-    record.further("carry against readout at every alpha above 0", "higher loss", worse, worse)
+    run.further("carry against readout at every alpha above 0", "higher loss", worse, worse)
     gap = carry[alphas.index(0.2)] - readout[alphas.index(0.2)]
-    record.further("the same at alpha = 0.2", "more than 1 nat", gap, gap > 1)
+    run.further("the same at alpha = 0.2", "more than 1 nat", gap, gap > 1)
     for alpha, ours, blind in zip(alphas, readout, shuffled, strict=True):
         if alpha > 0:
             name = f"readout against exits at random tokens, alpha = {alpha}"
-            record.further(name, "lower loss", f"{ours:.3f} / {blind:.3f}", ours < blind)
+            run.further(name, "lower loss", f"{ours:.3f} / {blind:.3f}", ours < blind)
 
 
 def controls(record: Record, stack: Stack, tokens: LongTensor) -> None:
