@@ -225,7 +225,7 @@ class Signature:
     def collect(self, slug: str, given: Mapping[str, Any]) -> dict[str, Any]:
         """Return keyword arguments as the function takes them: fields are collected into their dataclasses.
 
-        A string that is given for a tuple is split at its commas, as on the command line.
+        A list may be given for a tuple, and a string, which is split at its commas as on the command line.
 
         Args:
             slug: the command, for messages.
@@ -242,7 +242,7 @@ class Signature:
             if group and group in given:
                 raise MethodError(f"{slug}: {name} is a field of {group}: give one of the two")
             if name in self.options:
-                value = _split(slug, self.options[name], value) if isinstance(value, str) else value
+                value = _as_tuple(slug, self.options[name], value)
                 self.options[name].check(slug, value)
             if group:
                 parts.setdefault(group, {})[self.options[name].part] = value
@@ -475,11 +475,21 @@ def settings_of(parameter: Parameter) -> Mapping[str, Parameter]:
     return {name: replace(each, default=defaults.get(name, each.default)) for name, each in found.items()}
 
 
+def _as_tuple(slug: str, option: Parameter, value: Any) -> Any:
+    """Return a list as a tuple, or the tuple that a string stands for, if the option takes tuples.
+
+    A string stays as it is if the option also takes strings.
+    """
+    if not any(get_origin(kind) is tuple for kind in option.kinds):
+        return value
+    if isinstance(value, str) and str not in option.kinds and value not in choices(option):
+        return _split(slug, option, value)
+    return tuple(value) if isinstance(value, list) else value
+
+
 def _split(slug: str, option: Parameter, text: str) -> Any:
-    """Return the tuple that a string stands for; the string itself if the option takes strings, or no tuple."""
+    """Return the tuple that a string with commas stands for."""
     kinds = [entries(kind) for kind in option.kinds if get_origin(kind) is tuple]
-    if not kinds or str in option.kinds or text in choices(option):
-        return text
     parts = [part.strip() for part in text.split(",")] if text.strip() else []
     if not all(parts):
         raise MethodError(f"{slug}: {option.name} {text} has an empty entry: separate entries by single commas")

@@ -269,7 +269,7 @@ def gathered(entry: Method, name: str, value: Any) -> Any:
 
 
 @pytest.mark.parametrize(("command", "name"), TUPLES)
-def test_a_string_for_a_tuple_is_split_at_its_commas_as_on_the_command_line(command: str, name: str) -> None:
+def test_a_list_or_a_string_with_commas_stands_for_a_tuple(command: str, name: str) -> None:
     entry = COMMANDS[command]
     option = entry.options[name]
     kind = next(entries(kind) for kind in option.kinds if get_origin(kind) is tuple)
@@ -277,6 +277,7 @@ def test_a_string_for_a_tuple_is_split_at_its_commas_as_on_the_command_line(comm
     text = value if Ellipsis in kind else ", ".join([value] * len(kind))
     wanted = parsed(entry.slug, option, text, f"--{name} {text}") if kind[0] in (int, float, str) else (value,)
     assert gathered(entry, name, text) == gathered(entry, name, wanted)
+    assert gathered(entry, name, list(wanted)) == gathered(entry, name, wanted)
     with pytest.raises(MethodError, match=f"{entry.slug}: {name} .*empty entry"):
         entry.signature.collect(entry.slug, {name: f"{value},,{value}"})
     if kind[0] in (int, float):
