@@ -5,13 +5,13 @@ it is measured, over several trained networks, whether scores of single blocks a
 the knapsack chooses cost less than those that other criteria choose by the same solver, or than random sets, all with
 as many parameters. Last, half of one network is removed, and healed for equal steps with each part of the distillation.
 The weight of the features is chosen for either kind of them on validation digits, as a multiple of the output loss at
-the start; losses are paired over seeds and test digits. A first version with three networks, and three seeds of healing
-after a pilot of three, did not decide; here are eight networks, and six seeds in the pilot, which are not used again.
+the start; losses are paired over seeds and test digits. The variance over eight networks, and over six seeds of
+healing, gives the numbers of new ones that decide.
 Further claims are on stages that dominate the features, whose sum then starts at the same multiple, and images are
 compared with test digits by the bootstrap: a healed network must be better than the pruned one, and may be as good as
 the original.
 
-    python reproductions/laptop_diff.py            # about two hours on one core; an interrupted run resumes
+    python reproductions/laptop_diff.py            # about three hours on one core; an interrupted run resumes
     python reproductions/laptop_diff.py --quick    # one teacher of 40 steps, one seed, two steps of healing
 """
 
@@ -75,7 +75,9 @@ RANDOM, DRAWN = 20, 5  # random sets, and how many of them the sheet compares wi
 TASK, OUTPUT, VANILLA, NORMALIZED = "task", "task and output", "vanilla features", "normalized features"
 FEATURES = {VANILLA: "vanilla", NORMALIZED: "normalized"}
 MULTIPLES = (90.0, 810.0, 7290.0)  # of the output loss, at which the sum of the features starts
-MOST = 8  # seeds
+MOST = 8  # seeds of healing
+NETWORKS, MOST_NETWORKS = 16, 24  # least and largest number of networks after the pilot
+HALF = 0.5  # of the output loss of the set that magnitude chooses
 TIMES = 30.0  # factor by which one stage is scaled up
 CLASSIFIER = (((16, False), (32, True)), 32)
 RESAMPLES = 1000  # of a bootstrap of images
@@ -88,7 +90,7 @@ class Size:
     """Scale of the experiment."""
 
     teacher: int = 2000
-    teachers: int = 8
+    teachers: int = 8  # of the pilot
     tuples: int = 256
     sets: int = 75
     steps: int = 600
@@ -189,8 +191,8 @@ def _line(one: Sequence[float], other: Sequence[float]) -> float:
     return float(np.corrcoef(one, other)[0, 1])
 
 
-def adding(run: Run, size: Size) -> None:
-    found = [run.arm(f"additivity, teacher {seed}", added, size, seed) for seed in range(size.teachers)]
+def adding(run: Run, size: Size, networks: Sequence[int]) -> None:
+    found = [run.arm(f"additivity, teacher {seed}", added, size, seed) for seed in networks]
     rows = [[name, *map(fmean, zip(*(each[name] for each in found), strict=True))] for name in found[0]]
     rows = [[*row, *[""] * (4 - len(row))] for row in rows]
     run.table(
@@ -265,8 +267,13 @@ def best_of_few(losses: Sequence[float]) -> float:
     return float(ordered @ comb(count - 1 - np.arange(count), DRAWN - 1) / comb(count, DRAWN))
 
 
-def choosing(run: Run, size: Size) -> None:
-    found = [run.arm(f"criteria, teacher {seed}", criteria, size, seed) for seed in range(size.teachers)]
+def sets_of(run: Run, size: Size, seed: int) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = run.arm(f"criteria, teacher {seed}", criteria, size, seed)
+    return found
+
+
+def choosing(run: Run, size: Size, networks: Sequence[int]) -> None:
+    found = [sets_of(run, size, seed) for seed in networks]
     rows = []
     for share, sets in found[0].items():
         for name in sets:
@@ -290,7 +297,7 @@ def choosing(run: Run, size: Size) -> None:
         ours, theirs = ([one[share][name]["output"] for one in found] for name in ("knapsack", "magnitude"))
         ratio = relative(ours, theirs)
         name = f"output loss at {share} of the parameters"
-        run.main(f"{name}, against magnitude", "at most half", ratio, ratio.at_most(0.5))
+        run.main(f"{name}, against magnitude", "at most half", ratio, ratio.at_most(HALF))
         chance = [[fmean(one[share][f"random {number}"]["output"]) for number in range(RANDOM)] for one in found]
         logs = [np.log(fmean(each) / best_of_few(every)) for each, every in zip(ours, chance, strict=True)]
         ratio = Measured.over_seeds(logs).exp()
@@ -407,8 +414,14 @@ def dominated(size: Size, kind: str, stage: str, multiple: float, seed: int) -> 
     return found
 
 
-def distilling(run: Run, size: Size, start: dict[str, Any]) -> float:
-    """Compare the parts of the distillation, and return the multiple that was chosen for normalized features."""
+def designed(run: Run, size: Size) -> tuple[list[int], dict[str, float], list[int]]:
+    """Choose the networks, the multiple for each way of healing and the seeds of healing by pilots, and freeze them."""
+    few = [
+        fmean(each["knapsack"]["output"]) / fmean(each["magnitude"]["output"])
+        for each in (sets_of(run, size, seed)[f"{SHARES[-1]:.0%}"] for seed in range(size.teachers))
+    ]
+    more = 1 if run.quick else max(NETWORKS, seeds_needed(few, abs(fmean(few) - HALF), MOST_NETWORKS))
+    networks = list(range(size.teachers, size.teachers + more))
     multiples = dict.fromkeys((*FEATURES, TASK, OUTPUT), MULTIPLES[-1])  # without features it has no effect
     if not run.quick:
         sweep = {arm: partial(validated, size, arm) for arm in FEATURES}
@@ -422,9 +435,16 @@ def distilling(run: Run, size: Size, start: dict[str, Any]) -> float:
     count = 1 if run.quick else seeds_needed(pilot, abs(np.mean(pilot) - np.log(1.05)), MOST)
     seeds = list(range(1 + size.pilot, 1 + size.pilot + count))
     run.freeze(
-        "ratio of mean output losses on test digits, paired over seeds and digits", seeds,
-        steps=size.steps, lr=5e-4, batch=BATCH, multiples=multiples,
+        "ratio of mean output losses on test digits, paired over networks or seeds and digits", seeds,
+        networks=networks, steps=size.steps, lr=5e-4, batch=BATCH, multiples=multiples,
     )  # fmt: skip
+    return networks, multiples, seeds
+
+
+def distilling(
+    run: Run, size: Size, start: dict[str, Any], multiples: Mapping[str, float], seeds: Sequence[int]
+) -> None:
+    """Compare the parts of the distillation."""
     found = {arm: [run.arm(f"{arm}, {seed}", tested, size, arm, multiples[arm], seed) for seed in seeds]
              for arm in multiples}  # fmt: skip
     paths = list(start["squares"])
@@ -455,7 +475,6 @@ def distilling(run: Run, size: Size, start: dict[str, Any]) -> float:
     ratio = Measured.over_seeds([np.log(a["stages"][least] / b["stages"][least]) for a, b in both]).exp()
     run.main(f"error of {least}, whose features are smallest, over vanilla", "at most 1", ratio, ratio.at_most(1))
     dominating(run, size, multiples[NORMALIZED], multiples[VANILLA], paths)
-    return multiples[NORMALIZED]
 
 
 def dominating(run: Run, size: Size, normalized: float, vanilla: float, paths: Sequence[str]) -> None:
@@ -582,9 +601,11 @@ def experiment(run: Run) -> None:
     )
     most = max(start[NORMALIZED].values()) / sum(start[NORMALIZED].values())
     run.further("largest fraction of a normalized term", "at most 60 %", f"{most:.0%}", most <= 0.6)
-    adding(run, size)
-    choosing(run, size)
-    images(run, size, distilling(run, size, start))
+    networks, multiples, seeds = designed(run, size)
+    adding(run, size, networks)
+    choosing(run, size, networks)
+    distilling(run, size, start, multiples, seeds)
+    images(run, size, multiples[NORMALIZED])
 
 
 if __name__ == "__main__":
