@@ -69,7 +69,7 @@ from lamella.methods.caprecover.captions import TRAINING as SPEAK
 from lamella.methods.caprecover.digits import CUTS, prepare
 from lamella.methods.caprecover.method import TRAINING as ATTACK
 from lamella.methods.caprecover.tokens import RidgeRegression
-from lamella.report.figures import Lines
+from lamella.report.figures import Bars
 from lamella.results.record import together
 from lamella.stack import Stack
 from lamella.train import TrainConfig, class_cross_entropy, fit, supervised
@@ -148,9 +148,14 @@ def digits(run: Run) -> None:
         ["cut", "attacker", *columns, "steps"],
         rows,
     )
-    undefended = {name: [100 * fmean(results[cut, name, "none"]["adaptive"]["values"]) for cut in cuts]
-                  for name in ATTACKERS}  # fmt: skip
-    run.figure("caprecover-digits", Lines("cut", "digits recovered, %", undefended, cuts))
+    strongest = {
+        said: [
+            100 * max(fmean(results[cut, name, str(guard)][who]["values"]) for cut in defended for name in ATTACKERS)
+            for guard in guards
+        ]
+        for who, said in zip(WHO, ("trained on the defence", "trained without it"), strict=True)
+    }
+    run.figure("caprecover-digits", Bars("defence", "digits recovered, %", strongest, [str(each) for each in guards]))
     late = [" ".join(key) for key, row in results.items() if not row["converged"]]
     run.table("Attackers that were still improving at the maximum number of steps", ["attackers"],
               [[each] for each in late or ["none"]])  # fmt: skip
