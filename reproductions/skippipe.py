@@ -177,25 +177,35 @@ def pipelines(run: Run) -> None:
 
 
 OPENED = """
-import resource, sys
+import sys
+from pathlib import Path
 from lamella.methods.skippipe.stages import spans, with_stage
 from lamella.zoo import open_stack
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak():  # in kB; ru_maxrss begins with the memory of the process that started this one
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+before = peak()
 stack = open_stack("smollm2", weights=sys.argv[1] == "all", device="cpu")
 stack = with_stage(stack, spans(stack, 6), 1, "cpu")
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+for each in stack.model.parameters():  # files are mapped into memory, and take it when they are read
+    if not each.is_meta:
+        each.sum()
+print((peak() - before) / 1024)
 """
 
 
 def opened(what: str) -> float:
-    """Return the peak of the memory that opening SmolLM2, or its second stage of six, adds to a process, in MiB."""
+    """Return the peak of the memory that SmolLM2's weights, or its second stage's of six, add to a process, in MiB."""
     done = subprocess.run([sys.executable, "-c", OPENED, what], capture_output=True, text=True, check=True)
     return float(done.stdout)
 
 
 def memory(run: Run) -> None:
     found = {what: run.arm(f"SmolLM2 opened, {what}", opened, what) for what in ("all", "one stage")}
-    run.table("Peak memory that opening SmolLM2 adds to a process, MiB", ["weights", "MiB"], list(found.items()))
+    run.table(
+        "Peak memory that SmolLM2's weights add to a process when they are opened and read, MiB",
+        ["weights", "MiB"],
+        list(found.items()),
+    )
     share = found["one stage"] / found["all"]
     run.further("memory of one stage of six over that of the model", "at most 0.5", f"{share:.2f}", share <= 0.5)
 
