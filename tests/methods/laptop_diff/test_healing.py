@@ -119,7 +119,7 @@ def test_normalized_features_start_at_a_multiple_of_the_output_loss() -> None:
     whole, rows = denoiser("untrained"), tuples("untrained")
     network = student(whole, "unet.down.0.resnets.1")
     loss, initial = balance_loss(whole, network, rows, match_stages(whole.network, network), LossWeights())
-    assert initial["feature"] * sum(initial["stages"].values()) == pytest.approx(300 * initial["output"], rel=1e-5)
+    assert initial["feature"] * sum(initial["stages"].values()) == pytest.approx(7290 * initial["output"], rel=1e-5)
     assert loss.weights.feature_weight == initial["feature"]
     assert balance_loss(whole, network, rows, loss.pairs, LossWeights(features="vanilla"))[1]["feature"] == 1.0
     assert balance_loss(whole, network, rows, loss.pairs, LossWeights(feature_weight=0.25))[1]["feature"] == 0.25

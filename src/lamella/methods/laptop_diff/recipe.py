@@ -33,7 +33,7 @@ from lamella.train.supervised import stacked
 Features = Literal["normalized", "vanilla", "none"]
 TRAINING = TrainConfig(steps=50_000, lr=5e-5, schedule="constant", warmup=0, batch=64, accumulate=4, weight_decay=1e-2)
 PROBES = 32  # rows for choosing the weight of features
-OVER_OUTPUT = 300.0  # the initial sum of normalised features over the output loss; chosen on validation data
+OVER_OUTPUT = 7290.0  # the initial sum of normalized features over the output loss; chosen on validation data
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class LossWeights:
         features: weighting of the stages: ``normalized`` by the teacher's mean squares, ``vanilla``, or ``none``.
         output_weight: weight of the output loss, the paper's lambda_out.
         feature_weight: weight of the feature loss, the paper's lambda_feat. If None, it is 1 for ``vanilla``, as in
-            BK-SDM, else chosen so that the features start at 300 times the output loss, the best of 1, 10, 100 and 300
-            in a short training on digits.
+            BK-SDM, else chosen so that the features start at 7,290 times the output loss: in a short training on
+            digits, larger multiples up to 5 million gain at most 1.3 % more.
         average: decay of an exponential moving average of the weights, which are the trained model; 0 for none.
     """
 
