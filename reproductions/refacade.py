@@ -69,6 +69,7 @@ from lamella.methods.refacade.nano import SHAPE, every_second, random_network
 from lamella.methods.refacade.objects import TURN
 from lamella.methods.refacade.recipe import transfer_sample
 from lamella.methods.refacade.remover import euler
+from lamella.report.figures import Bars
 from lamella.results.record import together
 from lamella.train import TrainConfig, fit
 
@@ -595,6 +596,8 @@ def of_jigsaw(run: Run, size: Size) -> None:
         rows += [[kind, which, *without[which]] for which in REFERENCES]
     heads = ["trained on", "judged on", *found[RAW][0]["own"]]
     run.table(f"E2: references as they are, or jigsawed, {len(seeds)} seeds, {size.judged} solids", heads, rows)
+    bars = {kind: [row[2] for row in rows if row[0] == kind] for kind in (*found, IDENTITY, COLOURS)}
+    run.figure("refacade-references", Bars("reference", "PSNR of the object, dB", bars, tuple(REFERENCES)))
 
     def values(kind: str, which: str, name: str) -> Any:  # [seeds, solids]
         return np.array([each[which][name] for each in found[kind]])
