@@ -196,7 +196,8 @@ def read(build: Build, size: Size, rate: float, seed: int, part: str = "test", *
 def validated(build: Build, size: Size, rate: float) -> float:
     """Return what is missing from a perfect IoU of walls and AP of openings on validation plans."""
     found = read(build, size, rate, PILOT, "choose")
-    return sum([1 - found["wall iou"]] * ("wall iou" in found) + [1 - precision(found, "ap")] * ("openings" in found))
+    walls = 1 - found["wall iou"] if "wall iou" in found else 0.0
+    return walls + (1 - precision(found, "ap") if "openings" in found else 0.0)
 
 
 # Attention in a frozen encoder
