@@ -288,17 +288,18 @@ def choosing(run: Run, size: Size, networks: Sequence[int]) -> None:
     )
     shares, names = [f"{each:.0%}" for each in SHARES], ("knapsack", "first-order Taylor", "magnitude")
     bars = {name: [fmean(fmean(one[share][name]["output"]) for one in found) for share in shares] for name in names}
-    bars["random sets"] = [
-        fmean(fmean(one[share][f"random {number}"]["output"]) for one in found for number in range(RANDOM))
+    chances = {  # [networks, sets]
+        share: [[fmean(one[share][f"random {number}"]["output"]) for number in range(RANDOM)] for one in found]
         for share in shares
-    ]
+    }
+    bars["random sets"] = [float(np.mean(chances[share])) for share in shares]
     run.figure("laptop-diff-criteria", Bars("parameters removed", "output loss", bars, tuple(shares), log_y=True))
     for share in shares:
         ours, theirs = ([one[share][name]["output"] for one in found] for name in ("knapsack", "magnitude"))
         ratio = relative(ours, theirs)
         name = f"output loss at {share} of the parameters"
         run.main(f"{name}, against magnitude", "at most half", ratio, ratio.at_most(HALF))
-        chance = [[fmean(one[share][f"random {number}"]["output"]) for number in range(RANDOM)] for one in found]
+        chance = chances[share]
         logs = [np.log(fmean(each) / best_of_few(every)) for each, every in zip(ours, chance, strict=True)]
         ratio = Measured.over_seeds(logs).exp()
         run.main(f"{name}, against the best of {DRAWN} random sets", "at most 0.3 of it", ratio, ratio.at_most(0.3))

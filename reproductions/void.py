@@ -207,7 +207,7 @@ def sweep(run: Run, stack: Stack, tokens: LongTensor, alphas: list[float]) -> No
         "alpha", "active", "mean last active", "readout", "exits at random", "by cosine", "active, carried", "carry"
     ]  # fmt: skip
     run.table(title, columns, rows)
-    # The fraction of layers that carry executes differs, since it feeds on its own hidden states.
+    # carry has its own fraction of active layers, since it changes the residual stream.
     lines = {
         name: [(100 * share, row[place]) for share, row in zip(usage, rows, strict=True)]
         for place, name in ((3, "readout"), (4, "exits at random"))
