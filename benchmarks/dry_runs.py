@@ -57,7 +57,7 @@ from lamella.files import Finished, replacing
 from lamella.methods.agile3d import ClickScene, SegmenterShape, Session, rooms
 from lamella.methods.laptop_diff import Denoiser, Tuples, error, predictions
 from lamella.methods.muranet import RecogniserShape, recognise, synthetic_floor_plan
-from lamella.needs import free_memory
+from lamella.needs import free_memory, peak_used_memory
 from lamella.results import Record
 from lamella.runner import run
 from lamella.zoo import prefer
@@ -420,16 +420,11 @@ CASES: dict[str, Callable[[bool], DryRun]] = {
 }
 
 
-def peak() -> int:
-    """Return the most bytes that this process has taken; `ru_maxrss` cannot be reset and starts with its parent's."""
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
-
-
 def end_in_time() -> None:
     """End this process before it takes the last memory of the machine, for which the system might end another one."""
     while free_memory() > RESERVE:
         time.sleep(EVERY)
-    print(f"ended with {peak() / 1e9:.1f} GB: the memory of the machine is used up", file=sys.stderr)
+    print(f"ended with {peak_used_memory() / 1e9:.1f} GB: the memory of the machine is used up", file=sys.stderr)
     os._exit(1)
 
 
@@ -444,7 +439,7 @@ def child(name: str, quick: bool) -> None:
     begin = time.process_time()
     prepared.work()
     seconds = time.process_time() - begin
-    print(json.dumps({"model": prepared.model, "unit": prepared.unit, "bytes": peak(), "seconds": seconds}))
+    print(json.dumps({"model": prepared.model, "unit": prepared.unit, "bytes": peak_used_memory(), "seconds": seconds}))
 
 
 def in_process(name: str, quick: bool) -> dict[str, Any]:

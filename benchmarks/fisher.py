@@ -30,12 +30,11 @@ from lamella.measure import fisher
 from lamella.results import Record
 
 _CHILD = """
-import json, pathlib, sys
+import json, sys
 import torch
 from torch import nn
 from lamella.measure import fisher
-def peak():
-    return int(pathlib.Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+from lamella.needs import peak_used_memory
 width, depth, way = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 layers = [nn.Linear(width, width) for _ in range(depth)]
 if way == "tied":
@@ -44,7 +43,7 @@ model = nn.Sequential(*layers)
 images, labels = torch.randn(8, width), torch.arange(8)
 fisher(nn.Linear(4, 4), (torch.randn(2, 4), torch.arange(2)))  # brings the libraries in
 copy = 4 * sum(parameter.numel() for parameter in model.parameters())
-idle = peak()
+idle = peak_used_memory()
 if way == "loop":
     sums = [torch.zeros_like(parameter) for parameter in model.parameters()]
     for x, y in zip(images, labels):
@@ -54,7 +53,7 @@ if way == "loop":
             total += parameter.grad.square()
 else:
     fisher(model, (images, labels))
-print(json.dumps((peak() - idle) / copy))
+print(json.dumps((peak_used_memory() - idle) / copy))
 """
 
 

@@ -25,10 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dry_runs import command, llama, peak, stable_diffusion
+from dry_runs import command, llama, stable_diffusion
 from full_size import USUAL
 
 import lamella
+from lamella.needs import peak_used_memory
 from lamella.results import Record
 from lamella.zoo import prefer
 
@@ -60,7 +61,7 @@ def measured(work: Callable[[], Any], on_gpu: bool) -> tuple[float, float]:
     work()
     if on_gpu:
         torch.cuda.synchronize()
-    return time.perf_counter() - begin, (torch.cuda.max_memory_allocated() if on_gpu else peak()) / 1e9
+    return time.perf_counter() - begin, (torch.cuda.max_memory_allocated() if on_gpu else peak_used_memory()) / 1e9
 
 
 def main() -> int:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 import lamella
 from lamella.methods.lora_recycling import AdapterPool, Mixing, mixture
+from lamella.needs import peak_used_memory
 from lamella.results import Record
 from lamella.stack import Stack
 from lamella.train import Adapter, merge
@@ -66,11 +67,6 @@ def one_by_one(stack: Stack, adapters: list[Adapter], chosen: dict[str, Tensor])
 WAYS = {"in factors": in_factors, "one by one": one_by_one}
 
 
-def held() -> int:
-    """Return the peak memory of this process so far, in bytes."""
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
-
-
 def peak(way: str, count: int) -> float:
     """Return the peak memory of a merge in a new process beyond its start, in megabytes."""
     done = subprocess.run([sys.executable, __file__, "--peak-of", way, "--count", str(count)],
@@ -86,9 +82,9 @@ def measured_peak(way: str, count: int) -> None:
     for each in stack.model.parameters():
         each.sum()  # weights are memory-mapped until they are read
     Path("/proc/self/clear_refs").write_text("5")  # reset the peak to the current memory
-    before = held()
+    before = peak_used_memory()
     merged = WAYS[way](stack, adapters, chosen)
-    print(json.dumps((held() - before) / MEGABYTE))
+    print(json.dumps((peak_used_memory() - before) / MEGABYTE))
     del merged
 
 

@@ -178,18 +178,16 @@ def pipelines(run: Run) -> None:
 
 OPENED = """
 import sys
-from pathlib import Path
 from lamella.methods.skippipe.stages import spans, with_stage
+from lamella.needs import peak_used_memory
 from lamella.zoo import open_stack
-def peak():  # in kB; ru_maxrss begins with the memory of the process that started this one
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
-before = peak()
+before = peak_used_memory()
 stack = open_stack("smollm2", weights=sys.argv[1] == "all", device="cpu")
 stack = with_stage(stack, spans(stack, 6), 1, "cpu")
 for each in stack.model.parameters():  # files are mapped into memory, and take it when they are read
     if not each.is_meta:
         each.sum()
-print((peak() - before) / 1024)
+print((peak_used_memory() - before) / 2**20)
 """
 
 

@@ -14,29 +14,24 @@ from lamella.progress import tracker
 from lamella.zoo import preference
 
 _CHILD = """
-import json, pathlib, resource, sys
+import json, sys
 import torch, transformers, lamella
-def peak():
-    # Not ru_maxrss alone: on Linux a child's begins with the memory of the process that started it.
-    status = pathlib.Path("/proc/self/status")
-    if status.exists():
-        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 from lamella.evaluate.speed import random_tokens
+from lamella.needs import peak_used_memory
 from lamella.runtime import Sampler, denoise
 from lamella.zoo import prefer
 folder, dtype, batch, prompt, tokens = *sys.argv[1:3], *map(int, sys.argv[3:])
 prefer(dtype or None)
-idle = peak()
+idle = peak_used_memory()
 model = lamella.load(folder).model
-loaded = peak()
+loaded = peak_used_memory()
 ids = random_tokens([model], batch, prompt)
 if hasattr(model, "generate"):
     mask = torch.ones_like(ids)
     model.generate(ids, attention_mask=mask, min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False)
 else:
     denoise(model, ids, sampler=Sampler(length=tokens))
-print(json.dumps({"idle": idle, "loaded": loaded, "peak": peak()}))
+print(json.dumps({"idle": idle, "loaded": loaded, "peak": peak_used_memory()}))
 """
 
 

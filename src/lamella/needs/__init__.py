@@ -14,7 +14,7 @@ sampled answer has its full length, so the result is what the command needs in a
 """
 
 from lamella.needs.disk import memory_map
-from lamella.needs.machine import MachineSpeed, free_memory, used_memory
+from lamella.needs.machine import MachineSpeed, free_memory, peak_used_memory, used_memory
 from lamella.needs.recorder import Recorder, TimeLimit, current_recorder, extrapolate, now, recording
 from lamella.needs.result import Needs, StageNeeds, gigabytes
 from lamella.needs.tensors import has_values, without_values
@@ -32,6 +32,7 @@ __all__ = [
     "has_values",
     "memory_map",
     "now",
+    "peak_used_memory",
     "recording",
     "used_memory",
     "without_values",

@@ -71,9 +71,22 @@ def free_memory() -> int:
 
 def used_memory() -> int:
     """Return the bytes that this process takes, which are those of Python and the libraries."""
+    return _memory("VmRSS")
+
+
+def peak_used_memory() -> int:
+    """Return the most bytes that this process has taken so far."""
+    return _memory("VmHWM")
+
+
+def _memory(field: str) -> int:
+    """Return a field of the process's status on Linux, in bytes; elsewhere the peak.
+
+    On Linux ``ru_maxrss`` would begin with the memory of the process that started this one.
+    """
     known = Path("/proc/self/status")
     if known.exists():
-        return int(known.read_text().split("VmRSS:")[1].split()[0]) * 1024
+        return int(known.read_text().split(f"{field}:")[1].split()[0]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
