@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lamella.errors import MethodError
 from lamella.methods.muranet import BlockDesign, RelationAttention2d, RelationBlock, of_timm
+from lamella.methods.muranet.attention import EPS
 
 VARIANTS = ("gate", "msca", "local_softmax", "depthwise")
 
@@ -65,6 +66,7 @@ def test_the_default_is_its_formula(paths: str) -> None:
         return torch.einsum("dc,chw->dhw", linear.weight[:, :, 0, 0], maps) + linear.bias[:, None, None]
 
     q, k, v = (mapped(each, x[0]) for each in (attention.q, attention.k, attention.v))
+    q, k = (each / (each.square().mean(0) + EPS).sqrt() for each in (q, k))
     u = (q * k).apply_(gelu)
     r, total = u, u.clone()
     for path in attention.paths:
@@ -72,6 +74,19 @@ def test_the_default_is_its_formula(paths: str) -> None:
         total = total + r
     expected = mapped(attention.out, mapped(attention.mix, total) * v)
     torch.testing.assert_close(attention(x)[0], expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", ["gate", "local_softmax", "depthwise"])
+def test_a_large_input_does_not_overflow_in_a_chain_of_blocks(variant: str) -> None:
+    torch.manual_seed(0)
+    attention = RelationAttention2d(32, variant).double()  # type: ignore[arg-type]
+    for name, each in attention.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(each)
+    x = torch.randn(1, 32, 9, 8, dtype=torch.float64)
+    growth = attention(1e6 * x).abs().amax() / attention(1e3 * x).abs().amax()
+    assert growth < 1e4  # linear is a thousand, the cube a billion
 
 
 @torch.no_grad()

@@ -1,13 +1,16 @@
 """Relation attention over feature maps: a position is weighted by its relation to its neighbourhood.
 
     q, k, v = Wq x, Wk x, Wv x          1 x 1 convolutions [C -> C]
-    u = GELU(q * k)                     the relation, element by element
+    u = GELU(q / |q| * k / |k|)         the relation, element by element; |.| is the root mean square over channels
     r_1 = DW3(u), r_s = DW3(r_{s-1})    chained 3 x 3 depthwise convolutions with receptive fields of 3, 5, 7 pixels
     a = W_m (u + sum_s r_s)             several scales in one map
     y = W_o (a * v)
 
-There is no softmax over all pairs of positions, so the cost is linear in their number. The paper's own formula was not
-available; three interpretations are implemented, the first being the default:
+There is no softmax over all pairs of positions, so the cost is linear in their number. The norms limit the relation, so
+that the output grows linearly with the input. A product of q, k and v would grow with its cube: a value that is large
+for one image would grow from block to block until it overflows.
+
+The paper's own formula was not available; three interpretations are implemented, the first being the default:
 
     gate            the above
     msca            u = GELU(Wq x), a = W_m sum_s r_s, y = W_o (a * u), as in SegNeXt with 3 x 3 chains
@@ -23,14 +26,14 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, pad, unfold
+from torch.nn.functional import gelu, pad, rms_norm, unfold
 
 Variant = Literal["gate", "msca", "local_softmax", "depthwise"]
 Paths = Literal["chained", "parallel"]
 Norm = Literal["batch", "group"]
 HEAD = 32  # channels per head of the local softmax
 SCALE = 1e-2  # initial scale of a block's residual updates
-EPS = 1e-3  # of batch norms, as in YOLOX; its momentum of 0.03 is too slow for short trainings
+EPS = 1e-3  # of norms, as in YOLOX; its momentum of 0.03 is too slow for short trainings
 
 
 def normed(channels: int, norm: Norm) -> nn.Module:
@@ -43,6 +46,11 @@ def normed(channels: int, norm: Norm) -> nn.Module:
     if norm == "batch":
         return nn.BatchNorm2d(channels, eps=EPS)
     return nn.GroupNorm(next(groups for groups in (8, 4, 2, 1) if channels % groups == 0), channels)
+
+
+def unit(x: Tensor) -> Tensor:
+    """Divide each position of x [B, C, H, W] by the root mean square of its channels."""
+    return rms_norm(x.movedim(1, -1), x.shape[1:2], eps=EPS).movedim(-1, 1)
 
 
 class RelationAttention2d(nn.Module):
@@ -84,7 +92,7 @@ class RelationAttention2d(nn.Module):
             u = gelu(self.q(x))
             found = self.out(self.mix(self._related(u)) * u)
         else:
-            u = gelu(self.q(x) * self.k(x))
+            u = gelu(unit(self.q(x)) * unit(self.k(x)))
             found = self.out(self.mix(u + self._related(u)) * self.v(x))
         return found
 
