@@ -144,7 +144,8 @@ def _bars(figure: Bars) -> Any:
         return _figure(figure, traces, positions, sizes, barmode=_mode(figure))
     turned = positions | {"autorange": "reversed", "title": {"text": plain(figure.x)}}
     sizes |= {"title": {"text": plain(figure.y)}}
-    return _figure(figure, traces, sizes, turned, longest, barmode=_mode(figure))
+    thick = 1 if figure.is_exclusive else (1 + len(traces)) // 2  # bars of a group are next to each other
+    return _figure(figure, traces, sizes, turned, thick * longest, barmode=_mode(figure))
 
 
 def _mode(figure: Bars) -> str:
