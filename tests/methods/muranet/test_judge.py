@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lamella.methods.muranet import FloorPlan
+from lamella.methods.muranet import FloorPlan, RecogniserShape, synthetic_floor_plan
 from lamella.methods.muranet.assign import corners
-from lamella.methods.muranet.judge import Recognition, WallCount, grey_floor, precision
+from lamella.methods.muranet.judge import Recognition, WallCount, grey_floor, precision, recognise
 
 pytest.importorskip("pycocotools")
 CLASSES = ("door", "window")
@@ -128,3 +128,14 @@ def test_the_floor_calls_dark_pixels_wall() -> None:
     walls[0, :2] = True
     scores = grey_floor([FloorPlan("a plan", image, walls)])
     assert scores == {"0.3": 0.0, "0.5": 0.5, "0.7": 0.5}
+
+
+@pytest.mark.parametrize("task", ["walls", "openings"])
+def test_an_output_that_overflows_is_reported_with_its_plan(task: str) -> None:
+    network = RecogniserShape(encoder="nano", size=64, tasks=task).build(2).eval()  # type: ignore[arg-type]
+    plan = synthetic_floor_plan(0, 64)
+    recognise(network, plan, (64, False))
+    with torch.no_grad():
+        next(network.encoder.parameters()).fill_(torch.inf)
+    with pytest.warns(UserWarning, match=f"{plan.name}.*overflows"):
+        assert recognise(network, plan, (64, False)).boxes.numel() == 0

@@ -6,6 +6,7 @@ of recall, IoU from 0.5 to 0.95. A baseline without training calls every pixel d
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,6 +58,8 @@ def recognise(
 ) -> Recognition:
     """Run a network on a plan, in one pass.
 
+    An output that is not finite is reported by a warning: nothing is recognised there.
+
     Args:
         network: in evaluation mode.
         plan: the plan.
@@ -67,6 +70,13 @@ def recognise(
     frame_of_plan = Frame.of(plan, *frame)
     device = network.encoder.mean.device
     output = network(frame_of_plan.pixels(plan)[None].to(device))
+    outputs = [*(output.walls or []), *([] if output.cells is None else [output.cells])]
+    if not all(each.isfinite().all() for each in outputs):
+        warnings.warn(
+            f"{plan.name}: the network's output overflows, and nothing is recognised there: train it again with a "
+            "lower --lr, or with --clip-each",
+            stacklevel=2,
+        )
     walls = frame_of_plan.back(output.walls[0][0].float(), plan).sigmoid().cpu().numpy() if output.walls else None
     if output.cells is None or output.grid is None:
         return Recognition(walls)
