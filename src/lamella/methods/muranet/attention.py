@@ -13,7 +13,8 @@ for one image would grow from block to block until it overflows.
 The paper's own formula was not available; three interpretations are implemented, the first being the default:
 
     gate            the above
-    msca            u = GELU(Wq x), a = W_m sum_s r_s, y = W_o (a * u), as in SegNeXt with 3 x 3 chains
+    msca            u = GELU(Wq x), a = W_m sum_s r_s, y = W_o (a * u), as in SegNeXt with 3 x 3 chains; grows with the
+                    square of the input
     local_softmax   at each scale, softmax over the nine neighbours at distance s of q_i . k_j / sqrt(d), applied to v
 
 ``depthwise`` is the baseline: one 3 x 3 depthwise convolution, and a wider feed-forward part, so that a block has the
