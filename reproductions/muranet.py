@@ -17,7 +17,7 @@ frozen encoder, which was trained on rendered shapes. Tables without a check hav
 the attention, loss weights, the stage at which the tasks should split, and a style of walls that is not in the training
 data.
 
-    python reproductions/muranet.py            # about two and a half hours on one core; an interrupted run resumes
+    python reproductions/muranet.py            # about three hours on one core; an interrupted run resumes
     python reproductions/muranet.py --quick    # small plans, few steps, one seed
 """
 
