@@ -49,7 +49,7 @@ def normed(channels: int, norm: Norm) -> nn.Module:
     return nn.GroupNorm(next(groups for groups in (8, 4, 2, 1) if channels % groups == 0), channels)
 
 
-def unit(x: Tensor) -> Tensor:
+def rms_norm2d(x: Tensor) -> Tensor:
     """Divide each position of x [B, C, H, W] by the root mean square of its channels."""
     return rms_norm(x.movedim(1, -1), x.shape[1:2], eps=EPS).movedim(-1, 1)
 
@@ -93,7 +93,7 @@ class RelationAttention2d(nn.Module):
             u = gelu(self.q(x))
             found = self.out(self.mix(self._related(u)) * u)
         else:
-            u = gelu(unit(self.q(x)) * unit(self.k(x)))
+            u = gelu(rms_norm2d(self.q(x)) * rms_norm2d(self.k(x)))
             found = self.out(self.mix(u + self._related(u)) * self.v(x))
         return found
 

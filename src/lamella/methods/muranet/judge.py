@@ -70,7 +70,7 @@ def recognise(
     frame_of_plan = Frame.of(plan, *frame)
     device = network.encoder.mean.device
     output = network(frame_of_plan.pixels(plan)[None].to(device))
-    outputs = [*(output.walls or []), *([] if output.cells is None else [output.cells])]
+    outputs = output.walls if output.cells is None else [*output.walls, output.cells]
     if not all(each.isfinite().all() for each in outputs):
         warnings.warn(
             f"{plan.name}: the network's output overflows, and nothing is recognised there: train it again with a "
