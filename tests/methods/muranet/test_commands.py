@@ -272,6 +272,15 @@ def test_one_task_alone_has_no_branch_point() -> None:
         stages_worth(alone, PLANS)
 
 
+@torch.no_grad()
+def test_gradients_that_overflow_propose_no_branch_point() -> None:
+    found = muranet(PLANS, shape=SMALL, config=CONFIG)
+    for each in found.model.encoder.stages[4].parameters():
+        each.fill_(1e30)
+    with pytest.raises(MethodError, match=f"{PLANS[0].name}.* are not finite"):
+        branch(found, PLANS)
+
+
 def test_shapes_that_do_not_fit_their_encoder_are_refused_in_one_line() -> None:
     for run in (
         lambda: RecogniserShape(encoder="resnet18", spp=True),

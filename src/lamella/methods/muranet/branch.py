@@ -35,7 +35,7 @@ def gradients_of(network: PlanNetwork, plans: Sequence[FloorPlan], frame: tuple[
         [batches, stages, 3].
 
     Raises:
-        MethodError: for a network of one task, or one whose tasks share no stage.
+        MethodError: for a network of one task, one whose tasks share no stage, or one whose gradients are not finite.
     """
     stages = shared_stages(network)
     if not stages:
@@ -49,6 +49,9 @@ def gradients_of(network: PlanNetwork, plans: Sequence[FloorPlan], frame: tuple[
         with torch.enable_grad():
             losses = task_losses(network, {name: each.to(device) for name, each in inputs.items()})
             measured.append(agreement(*(gradients(losses[task], stages) for task in TASKS)))
+        if not measured[-1].isfinite().all():
+            names = ", ".join(plan.name for plan in plans[start : start + batch])
+            raise MethodError(f"gradients on {names} are not finite: the network overflows there; train it again")
     return torch.stack(measured).detach()
 
 

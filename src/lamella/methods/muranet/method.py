@@ -237,7 +237,7 @@ def branch(
 
     Raises:
         CalibrationError: for plans without walls or boxes, or of other classes.
-        MethodError: for a network of one task, or one whose tasks share no stage.
+        MethodError: for a network of one task, one whose tasks share no stage, or one whose gradients are not finite.
     """
     plans.check_labels(model.classes)
     outputs = gradients_of(model.model, plans, model.shape.frame, group)
