@@ -264,7 +264,7 @@ def test_captions_of_features_that_tell_them_are_recovered(tmp_path: Path) -> No
     speaker, tokenizer = small_writer(TEXTS, 60, 0, tmp_path / "writer")
     model = Captioner(features.shape[1:], speaker, tokenizer)
     loss = CaptionLoss(LinkDefence(), "pooled", float(features.std()))
-    train_captioner(model, features, TEXTS, loss, TrainConfig(steps=200, lr=3e-3, batch=12), tmp_path / "run")
+    train_captioner(model, features, TEXTS, loss, TrainConfig(steps=400, lr=3e-3, batch=12), tmp_path / "run")
     right = [ours == theirs for ours, theirs in zip(recover_captions(model, features, loss), TEXTS, strict=True)]
     assert sum(right) >= 22
 
