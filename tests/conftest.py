@@ -195,8 +195,8 @@ def temporary() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
-    """Start every test from one random state, so that none fails for some draws only."""
-    set_seed(0)
+    """Start every test from one random state, so that none fails for some draws only; no test uses this seed itself."""
+    set_seed(4321)
 
 
 @pytest.fixture(autouse=True)
