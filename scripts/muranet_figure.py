@@ -1,6 +1,6 @@
 """Make the figure of muranet's page in the documentation: plans, predictions, and ground truth.
 
-    lamella run muranet synthetic --count 280 --encoder nano --attention msca --size 128 --no-jitter --steps 280 \\
+    lamella run muranet synthetic --count 280 --encoder nano --size 128 --no-jitter --steps 280 \\
         --lr 3e-3 --warmup 0.1 --weight-decay 0.01 -o recogniser
     lamella run muranet judge recogniser --plans synthetic --count 24 -o judged
     python scripts/muranet_figure.py judged docs/assets/muranet-plans.png
