@@ -13,7 +13,7 @@ from lamella.errors import MethodError
 from lamella.methods.muranet.balance import TASKS, LossBalance, agreement, gradients, shared_stages
 from lamella.methods.muranet.floor_plan import FloorPlan
 from lamella.methods.muranet.frame import PlanRows, collate
-from lamella.methods.muranet.modules import PlanNetwork
+from lamella.methods.muranet.modules import OVERFLOWS, PlanNetwork
 from lamella.methods.muranet.recipe import PlanTraining, task_losses, train_network
 from lamella.methods.muranet.result import Recogniser
 from lamella.progress import track
@@ -51,7 +51,7 @@ def gradients_of(network: PlanNetwork, plans: Sequence[FloorPlan], frame: tuple[
             measured.append(agreement(*(gradients(losses[task], stages) for task in TASKS)))
         if not measured[-1].isfinite().all():
             names = ", ".join(plan.name for plan in plans[start : start + batch])
-            raise MethodError(f"gradients on {names} are not finite: the network overflows there; train it again")
+            raise MethodError(f"gradients on {names} are not finite: {OVERFLOWS}")
     return torch.stack(measured).detach()
 
 

@@ -20,7 +20,7 @@ from lamella.extras import require
 from lamella.methods.muranet.assign import corners
 from lamella.methods.muranet.floor_plan import FloorPlan
 from lamella.methods.muranet.frame import Frame
-from lamella.methods.muranet.modules import PlanNetwork
+from lamella.methods.muranet.modules import OVERFLOWS, PlanNetwork
 from lamella.progress import track
 
 LEAST_SCORE, OVERLAP = 0.01, 0.65  # score and IoU thresholds of boxes in the evaluation
@@ -72,11 +72,7 @@ def recognise(
     output = network(frame_of_plan.pixels(plan)[None].to(device))
     outputs = output.walls if output.cells is None else [*output.walls, output.cells]
     if not all(each.isfinite().all() for each in outputs):
-        warnings.warn(
-            f"{plan.name}: the network's output overflows, and nothing is recognised there: train it again with a "
-            "lower --lr, or with --clip-each",
-            stacklevel=2,
-        )
+        warnings.warn(f"{plan.name}: the output is not finite, so nothing is recognised: {OVERFLOWS}", stacklevel=2)
     walls = frame_of_plan.back(output.walls[0][0].float(), plan).sigmoid().cpu().numpy() if output.walls else None
     if output.cells is None or output.grid is None:
         return Recognition(walls)

@@ -22,6 +22,7 @@ LEVELS = 3  # levels of the pyramid
 PRIOR = 0.01  # initial probability of class and objectness
 LARGEST = 8.0  # upper bound of a raw width or height, against overflow of the exponential
 DEEP = {4: 0.4, 8: 0.2}  # weights of deep supervision, by the stride of its map
+OVERFLOWS = "the network overflows there: train it again with a lower --lr, or with --clip-each"
 
 
 class UNetDecoder(nn.Module):
