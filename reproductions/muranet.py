@@ -374,7 +374,7 @@ def experiment(run: Run) -> None:
     baselines(run, found)
     converges(run, size, found)
     inserts(run, size, frozen)
-    splits(run, found, parts, size.few)
+    splits(run, size, found, parts)
     rows = [[name, *(100 * fmean(each[name][place] for each in styles) for place in range(3))] for name in styles[0]]
     title = f"Trained on {' and '.join(SEEN)} walls; {' and '.join(UNSEEN)} ones are unseen; percent"
     run.table(title, ["", "wall IoU", "AP50", "AP"], rows)
@@ -461,17 +461,17 @@ def inserts(run: Run, size: Size, found: Sequence[Mapping[str, float]]) -> None:
     run.further("loss over a frozen encoder - with attention inserted", "above 0", lower, lower.at_least(0))
 
 
-def splits(run: Run, found: Found, parts: Sequence[Mapping[str, Any]], few: int) -> None:
+def splits(run: Run, size: Size, found: Found, parts: Sequence[Mapping[str, Any]]) -> None:
     """Report the stage at which the tasks should split."""
-    seeds = [str(seed) for seed in FULL.seeds[:few]]
+    seeds = [str(seed) for seed in size.seeds[: size.few]]
     rows = [[f"stage {n}", *(each["cosines"][n] for each in parts)] for n in range(len(parts[0]["cosines"]))]
     run.table("Cosine of the tasks' gradients by stage, seed by seed", ["", *seeds], rows)
     run.table("Stages to share, by seed", ["", *seeds], [["shared", *(each["split"] for each in parts)]])
     separate = [  # a split before the first stage shares nothing
         {**walls, "openings": openings["openings"], "parameters": walls["parameters"] + openings["parameters"]}
-        for walls, openings in zip(found[ONLY_WALLS][:few], found[ONLY_OPENINGS][:few], strict=True)
+        for walls, openings in zip(found[ONLY_WALLS][: size.few], found[ONLY_OPENINGS][: size.few], strict=True)
     ]
-    rows = [row("all shared", found[BOTH][:few]), row("as chosen", parts), row("separate", separate)]
+    rows = [row("all shared", found[BOTH][: size.few]), row("as chosen", parts), row("separate", separate)]
     run.table("Shared, split as chosen, and separate; percent", COLUMNS, rows)
 
 
