@@ -195,7 +195,7 @@ def temporary() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
-    """Start every test from one random state, so that none fails for some draws only; no test uses this seed itself."""
+    """Seed all random generators before each test, so that it is reproducible; no test uses this seed itself."""
     set_seed(4321)
 
 

@@ -259,7 +259,6 @@ def test_captions_are_searched_for_as_published(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.slow
 def test_captions_of_features_that_tell_them_are_recovered(tmp_path: Path) -> None:
-    torch.manual_seed(0)
     kinds = torch.tensor([n % 3 for n in range(24)])
     features = torch.randn(3, 12)[kinds] + 0.05 * torch.randn(24, 12)
     speaker, tokenizer = small_writer(TEXTS, 60, 0, tmp_path / "writer")

@@ -79,7 +79,6 @@ def test_the_default_is_its_formula(paths: str) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("variant", ["gate", "local_softmax", "depthwise"])
 def test_the_output_grows_linearly_with_a_large_input(variant: str) -> None:
-    torch.manual_seed(0)
     attention = RelationAttention2d(32, variant).double()  # type: ignore[arg-type]
     for name, each in attention.named_parameters():
         if name.endswith("bias"):
